@@ -1,0 +1,106 @@
+"""The Python API: a whole recipe, or one stage on plain paths. The command line calls these.
+
+    import bipdeploy
+    result = bipdeploy.run("recipes/quickstart.yaml", overrides=["prune.ratio=0.4"])
+    result.figures["perplexity.ratio"]
+
+    scores = bipdeploy.score("builtin:pico", "out/scores", settings=["score.criterion=wanda_sp"])
+    pruned = bipdeploy.prune("builtin:pico", scores, "out/pruned", ratio=0.3)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bipdeploy import artifacts, pipeline, recipe_file, sources
+from bipdeploy.console import Reporter, Silent
+from bipdeploy.errors import InputError
+from bipdeploy.recipe import Recipe
+
+PathLike = str | Path
+
+
+def run(recipe: Recipe | PathLike, overrides: Sequence[str] = (), runs: PathLike = "runs", *,
+        force: bool = False, start: str | None = None, until: str | None = None,
+        reporting: pipeline.Reporting | None = None) -> pipeline.RunResult:
+    """Run a recipe (an object or a YAML file) with `section.field=value` overrides."""
+    if not isinstance(recipe, Recipe):
+        recipe = recipe_file.load(recipe, list(overrides))
+    elif overrides:
+        raise ValueError("overrides go with a recipe file; change a Recipe with model_copy")
+    return pipeline.run(recipe, Path(runs), force=force, start=start, until=until,
+                        reporting=reporting)
+
+
+def score(model: str, out: PathLike, settings: Sequence[str] = (),
+          reporter: Reporter | None = None) -> Path:
+    """Score every group of a model; returns the folder with `scores.safetensors`."""
+    return _stage("score", model, {}, out, settings, reporter)
+
+
+def prune(model: str, scores: PathLike, out: PathLike, ratio: float,
+          settings: Sequence[str] = (), reporter: Reporter | None = None) -> Path:
+    """Slice a model by its scores; returns the folder that holds the smaller `model`."""
+    return _stage("prune", model, {"score": Path(scores)}, out,
+                  [f"prune.ratio={ratio}", *settings], reporter)
+
+
+def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+            reporter: Reporter | None = None) -> Path:
+    """Repair a sliced model beside its dense origin; returns the folder that holds `model`."""
+    return _stage("recover", model, {"sliced": sources.model_folder(str(pruned))}, out, settings,
+                  reporter)
+
+
+def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+           reporter: Reporter | None = None) -> Path:
+    """Write and verify the export targets of a model; returns their parent folder."""
+    return _stage("export", str(pruned), {"pruned": sources.model_folder(str(pruned))}, out,
+                  settings, reporter)
+
+
+def evaluate(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+             reporter: Reporter | None = None) -> Path:
+    """Measure a pruned model's perplexity beside the dense one; returns the folder of figures."""
+    return _stage("evaluate", model, {"exported": sources.model_folder(str(pruned))}, out,
+                  settings, reporter)
+
+
+def bench(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+          reporter: Reporter | None = None) -> Path:
+    """Time a pruned model against the dense one; returns the folder of figures."""
+    return _stage("bench", model, {"exported": sources.model_folder(str(pruned))}, out, settings,
+                  reporter)
+
+
+def gate(folders: Sequence[PathLike], out: PathLike, settings: Sequence[str],
+         reporter: Reporter | None = None) -> Path:
+    """Judge the figures in stage folders by `gates.…` settings; returns the folder of verdicts."""
+    inputs = {str(number): Path(folder) for number, folder in enumerate(folders)}
+    for folder in inputs.values():
+        if not (folder / artifacts.FIGURES).is_file():
+            raise InputError(f"{folder} holds no {artifacts.FIGURES}; give the folders that "
+                             "`bipdeploy evaluate`, `bench` or `prune` wrote")
+    return _stage("gate", "builtin:pico", inputs, out, settings, reporter)
+
+
+def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None) -> Path:
+    """Write the report of a run anew from its artefacts; returns the folder with `report.html`."""
+    folder = Path(run_folder)
+    manifest = artifacts.read_json(folder / artifacts.MANIFEST)
+    recipe = Recipe.model_validate(manifest["recipe"])
+    inputs = {name: folder / name for name in pipeline.STAGES["report"].inputs}
+    pipeline.run_stage("report", recipe, inputs, Path(out), "", reporter or Silent())
+    return Path(out)
+
+
+def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
+           settings: Sequence[str], reporter: Reporter | None) -> Path:
+    base = {"name": "stage", "model": {"id": model}, "prune": {"ratio": 0.5}}
+    recipe = recipe_file.build(base, "--set", list(settings))
+    if "dense" in pipeline.STAGES[name].inputs:
+        inputs["dense"] = sources.model_folder(model, recipe.model.revision,
+                                               code=recipe.model.trust_remote_code)
+    pipeline.run_stage(name, recipe, inputs, Path(out), "", reporter or Silent())
+    return Path(out)

@@ -1,0 +1,194 @@
+"""Stage folders on disk: written whole or not at all, each with a manifest of how it was made."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from bipdeploy.errors import InputError, StageError
+
+MANIFEST = "manifest.json"
+FIGURES = "figures.json"
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends well, and vanishes if not.
+
+    What stood at `final` stays until then. Raises InputError where the place cannot be written,
+    StageError where the disk is full.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {final.parent}: {error.strerror}; give another folder "
+                         "with --runs or --out") from error
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        partial.rename(final)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if _disk_full(error):
+            raise StageError(f"the disk is full while writing {final}; free some space and run "
+                             "again, earlier stages are kept") from error
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _disk_full(error: BaseException) -> bool:
+    """safetensors reports a full disk in words, Python by number."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2, sort_keys=False, default=str) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a stage wrote. Raises InputError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}; run the stage that writes it first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}; run its stage again with --from") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A stage folder's manifest, or None where there is none that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def figures(folders: list[Path]) -> dict[str, float]:
+    """All figures of several stage folders together."""
+    merged: dict[str, float] = {}
+    for folder in folders:
+        if (folder / FIGURES).is_file():
+            merged |= read_json(folder / FIGURES)
+    return merged
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of JSON data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The package's version and a hash of its source: results depend on both."""
+    root = Path(__file__).parent
+    hashed = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        hashed.update(path.read_bytes())
+    return f"{version_of('bipdeploy')}+{hashed.hexdigest()[:12]}"
+
+
+def version_of(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def environment() -> dict[str, Any]:
+    """Versions, hardware and git commit, read without importing torch."""
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            "code": code_version(), "git_commit": _git_commit(),
+            "libraries": {name: version_of(name) for name in _LIBRARIES},
+            "hardware": hardware()}
+
+
+@lru_cache(maxsize=1)
+def hardware() -> dict[str, Any]:
+    """CPU model, cores, memory in bytes, and the NVIDIA GPUs that the driver lists."""
+    gpus = [line.split(":", 1)[1].strip()
+            for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+            for line in path.read_text().splitlines() if line.startswith("Model")]
+    return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the working folder, where it is a git checkout; '-dirty' with local changes."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                               capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+class PeakMemory:
+    """Peak resident memory of this process from construction on, in bytes.
+
+    Linux lets a process reset its own high-water mark; elsewhere the peak is that of the whole
+    process so far.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def bytes(self) -> int:
+        try:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        import resource
+
+        scale = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,153 @@
+"""Latency in PyTorch: prefill, time to first token, decode with a KV cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bipdeploy.bench.timing import Spread, interleaved, speedup
+from bipdeploy.blocks import compute_device, compute_dtype
+from bipdeploy.checkpoint import read_config
+from bipdeploy.errors import InputError, StageError
+from bipdeploy.families import architecture
+from bipdeploy.figures import compared
+from bipdeploy.modeling import loading
+from bipdeploy.recipe import TorchBench
+
+if TYPE_CHECKING:
+    import torch
+
+    from bipdeploy.stages.job import Job
+
+
+def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and details of dense against exported, interleaved."""
+    import torch
+
+    section = job.recipe.bench.torch
+    folders = {"dense": job.inputs["dense"], "pruned": job.inputs["exported"]}
+    config = read_config(folders["dense"])
+    longest = architecture(config).max_positions
+    if section.prompt_tokens + section.new_tokens > longest:
+        raise InputError(f"bench.torch: prompt_tokens {section.prompt_tokens} and new_tokens "
+                         f"{section.new_tokens} pass the model's maximum of {longest}; lower them")
+    device = compute_device(job.recipe.model)
+    dtype = compute_dtype(job.recipe.model, config, device)
+    job.reporter.total(section.warmup + section.repeats + 2 * section.memory, "rounds")
+    models = {which: loading.load_model(folder, dtype, device,
+                                        trust_remote_code=job.recipe.model.trust_remote_code)
+              for which, folder in folders.items()}
+    generator = torch.Generator().manual_seed(job.recipe.seed)
+    ids = torch.randint(config["vocab_size"], (section.batch, section.prompt_tokens),
+                        generator=generator).to(device)
+    times = interleaved({which: lambda m=model: generate(m, ids, section.new_tokens)
+                         for which, model in models.items()},
+                        section.repeats, section.warmup, job.reporter.advance)
+    del models
+    figures, details = summarise(times, section)
+    details |= {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads()}
+    if section.memory:
+        peaks = {}
+        for which, folder in folders.items():
+            peaks[which] = peak_memory(folder, job, section)
+            job.reporter.advance()
+        figures |= compared("memory", peaks["dense"], peaks["pruned"])
+        details["memory"] = ("peak bytes while loading and generating, "
+                             + ("allocated on the GPU" if device.type == "cuda" else
+                                "resident, above the process before loading"))
+    return figures, details
+
+
+def generate(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """Seconds of one greedy generation for ids [B, T]: prefill, ttft, decode (per token).
+
+    `prefill` is the forward pass over the prompt; `ttft` adds choosing the first token; `decode`
+    is the mean of the steps after it.
+    """
+    import torch
+
+    def now() -> float:
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with torch.inference_mode():
+        began = now()
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        prefilled = now()
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        first = now()
+        for _ in range(new_tokens - 1):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+        ended = now()
+    return {"prefill": prefilled - began, "ttft": first - began,
+            "decode": (ended - first) / (new_tokens - 1)}
+
+
+def summarise(times: dict[str, dict[str, list[float]]],
+              section: TorchBench) -> tuple[dict[str, float], dict[str, Any]]:
+    """Times as figures: prefill and ttft in milliseconds, decode in tokens per second."""
+    figures: dict[str, float] = {}
+    details: dict[str, Any] = {"units": {"prefill": "ms", "ttft": "ms", "decode": "tokens/s"},
+                               "repeats": section.repeats, "batch": section.batch,
+                               "prompt_tokens": section.prompt_tokens,
+                               "new_tokens": section.new_tokens, "spread": {}}
+    for measure in ("prefill", "decode", "ttft"):
+        for which, measured in times.items():
+            values = ([section.batch / t for t in measured[measure]] if measure == "decode"
+                      else [t * 1e3 for t in measured[measure]])
+            spread = Spread.of(values)
+            figures[f"{measure}.{which}"] = spread.median
+            details["spread"][f"{measure}.{which}"] = spread.as_dict()
+        gain = speedup(times["dense"][measure], times["pruned"][measure])
+        figures[f"{measure}.speedup"] = gain.median
+        details["spread"][f"{measure}.speedup"] = gain.as_dict()
+    return figures, details
+
+
+def peak_memory(folder: Path, job: Job, section: TorchBench) -> float:
+    """Peak bytes of one model in a process of its own, so that neither hides behind the other."""
+    arguments = {"folder": str(folder), "model": job.recipe.model.model_dump(),
+                 "batch": section.batch, "prompt_tokens": section.prompt_tokens,
+                 "new_tokens": section.new_tokens}
+    child = subprocess.run([sys.executable, "-m", "bipdeploy.bench.torch_bench"],
+                           input=json.dumps(arguments), capture_output=True, text=True, check=False)
+    if child.returncode:
+        last = (child.stderr.strip() or "no output").splitlines()[-1]
+        raise StageError(f"measuring the memory of {folder} failed: {last}")
+    return float(json.loads(child.stdout.splitlines()[-1])["bytes"])
+
+
+def _child() -> None:
+    """Load one model, generate once, print the peak."""
+    import torch
+
+    from bipdeploy.artifacts import PeakMemory
+    from bipdeploy.console import quiet_libraries
+    from bipdeploy.recipe import ModelSection
+
+    quiet_libraries()
+    arguments = json.loads(sys.stdin.read())
+    section, folder = ModelSection(**arguments["model"]), Path(arguments["folder"])
+    device = compute_device(section)
+    dtype = compute_dtype(section, read_config(folder), device)
+    # Loading a first, tiny module brings the libraries' own memory in before the baseline.
+    loading.load_config(folder, trust_remote_code=section.trust_remote_code)
+    torch.nn.Linear(64, 64, device=device)(torch.ones(1, 64, device=device))
+    memory = PeakMemory()
+    before = memory.bytes()
+    model = loading.load_model(folder, dtype, device, trust_remote_code=section.trust_remote_code)
+    ids = torch.zeros(arguments["batch"], arguments["prompt_tokens"], dtype=torch.long)
+    generate(model, ids.to(device), arguments["new_tokens"])
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else memory.bytes() - before)
+    print(json.dumps({"bytes": peak}))
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,176 @@
+"""Walking a model block by block: load one, run it over all windows, free it.
+
+The whole model is never in memory: peak use is the embeddings, one block and the windows'
+hidden states. Shapes: B windows in a batch, T tokens, D hidden size, H query heads times
+head_dim, F FFN channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.errors import InputError
+from bipdeploy.families import architecture, family_of
+from bipdeploy.modeling import loading
+
+if TYPE_CHECKING:
+    import torch
+
+    from bipdeploy.recipe import ModelSection
+
+
+def compute_device(section: ModelSection) -> torch.device:
+    """The device a recipe asks for. Raises InputError where it asks for CUDA and there is none."""
+    import torch
+
+    if section.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("model.device: cuda was asked for, and PyTorch finds no CUDA GPU here; "
+                         "use auto or cpu")
+    cuda = section.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def compute_dtype(section: ModelSection, config: dict[str, Any],
+                  device: torch.device) -> torch.dtype:
+    """The type a recipe computes in; see `model.dtype`."""
+    import torch
+
+    if section.dtype != "auto":
+        return getattr(torch, section.dtype)
+    if device.type == "cpu":
+        return torch.float32
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float16")
+    return getattr(torch, stored.removeprefix("torch."), torch.float16)
+
+
+@dataclass
+class AttentionOutput:
+    """What a block's attention made of a batch. z: input of o_proj [B, T, H]; u: [B, T, D]."""
+
+    z: torch.Tensor
+    u: torch.Tensor
+
+
+class Block:
+    """One decoder layer, split where groups couple: at z (o_proj's input) and h (down_proj's)."""
+
+    def __init__(self, layer: torch.nn.Module, arguments: dict[str, Any]):
+        self.layer, self._arguments = layer, arguments
+
+    @property
+    def has_attention(self) -> bool:
+        return self.layer.self_attn is not None
+
+    @property
+    def has_ffn(self) -> bool:
+        return self.layer.mlp is not None
+
+    @property
+    def output(self) -> torch.nn.Linear:
+        return self.layer.self_attn.o_proj
+
+    @property
+    def down(self) -> torch.nn.Linear:
+        return self.layer.mlp.down_proj
+
+    def attention(self, x: torch.Tensor) -> AttentionOutput:
+        """Attention and its residual on block input x [B, T, D]."""
+        caught: dict[str, torch.Tensor] = {}
+
+        def catch(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            caught["z"] = inputs[0]
+
+        handle = self.output.register_forward_pre_hook(catch)
+        try:
+            attended, _ = self.layer.self_attn(
+                hidden_states=self.layer.input_layernorm(x), **self._arguments)
+        finally:
+            handle.remove()
+        return AttentionOutput(caught["z"], x + attended)
+
+    def ffn_parts(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """silu(gate) and up [B, T, F] on attention output u [B, T, D]; their product is h."""
+        n = self.layer.post_attention_layernorm(u)
+        return self.layer.mlp.act_fn(self.layer.mlp.gate_proj(n)), self.layer.mlp.up_proj(n)
+
+    def ffn(self, u: torch.Tensor) -> torch.Tensor:
+        """The whole FFN on u, without the residual: [B, T, D]."""
+        return self.layer.mlp(self.layer.post_attention_layernorm(u))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's output y [B, T, D]."""
+        u = self.attention(x).u if self.has_attention else x
+        return u + self.ffn(u) if self.has_ffn else u
+
+
+class BlockWalker:
+    """Reads a checkpoint one block at a time, on one device and in one type."""
+
+    def __init__(self, folder: Path, section: ModelSection):
+        import torch
+
+        self.checkpoint = Checkpoint(folder)
+        self.family = family_of(self.checkpoint.config)
+        self.architecture = architecture(self.checkpoint.config)
+        self.device = compute_device(section)
+        self.dtype = compute_dtype(section, self.checkpoint.config, self.device)
+        self.config = loading.load_config(folder, trust_remote_code=section.trust_remote_code)
+        self.config._attn_implementation = "sdpa"
+        self._torch = torch
+
+    def __len__(self) -> int:
+        return len(self.architecture.blocks)
+
+    def embed(self, windows: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, D] of token windows [B, T], on the compute device."""
+        name = "model.embed_tokens.weight"
+        table = self._checked(self.checkpoint.tensors([name]), "")[name]
+        return self._torch.nn.functional.embedding(windows.to(self.device), table)
+
+    def block(self, index: int, tokens: int) -> Block:
+        """Load block `index`, ready for windows of `tokens` tokens."""
+        tensors = self._checked(self.checkpoint.block(index), f"model.layers.{index}.")
+        with self._torch.device("meta"):
+            layer = loading.layer_class(self.family, self.config)(self.config, index)
+        report = layer.load_state_dict(tensors, strict=False, assign=True)
+        if report.missing_keys:
+            raise InputError(f"{self.checkpoint.folder}: tensor model.layers.{index}."
+                             f"{report.missing_keys[0]} is missing")
+        return Block(layer.eval(), self._forward_arguments(layer, tokens))
+
+    def blocks(self, tokens: int) -> Iterator[Block]:
+        """All blocks in order, each freed when the next is asked for."""
+        for index in range(len(self)):
+            yield self.block(index, tokens)
+
+    def _checked(self, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+        placed = {}
+        for name, tensor in tensors.items():
+            placed[name] = tensor.to(self.device, self.dtype)
+            if not self._torch.isfinite(placed[name]).all():
+                raise InputError(f"{self.checkpoint.folder}: tensor {prefix}{name} holds NaN or "
+                                 "infinite values; the checkpoint is damaged")
+        return placed
+
+    def _forward_arguments(self, layer: torch.nn.Module, tokens: int) -> dict[str, Any]:
+        """Position embeddings and mask of a layer, as the family's own model makes them."""
+        from transformers.masking_utils import create_sliding_window_causal_mask
+
+        positions = self._torch.arange(tokens, device=self.device)[None]
+        example = self._torch.zeros(1, tokens, 1, dtype=self.dtype, device=self.device)
+        rotary = getattr(loading.family_module(self.family),
+                         f"{self.family.class_prefix}RotaryEmbedding")(self.config).to(self.device)
+        mask = None  # sdpa masks causally by itself where there is no mask
+        if layer.self_attn is not None:
+            window = getattr(layer.self_attn, "sliding_window",
+                             getattr(self.config, "sliding_window", None))
+            if window is not None and window < tokens:
+                mask = create_sliding_window_causal_mask(
+                    config=self.config, inputs_embeds=example, attention_mask=None,
+                    past_key_values=None, position_ids=positions)
+        return {"position_embeddings": rotary(example, positions), "attention_mask": mask,
+                "position_ids": positions}

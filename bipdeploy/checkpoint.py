@@ -1,0 +1,170 @@
+"""Checkpoints on disk: a folder with `config.json`, safetensors shards and a tokenizer.
+
+Weights are read tensor by tensor and written shard by shard, so a model larger than memory
+passes through. Pickled checkpoints are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bipdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 2 << 30
+
+# What makes a checkpoint usable besides config and weights; copied where it exists.
+COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+              "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja",
+              "generation_config.json")
+
+
+class Checkpoint:
+    """A readable checkpoint folder. Opening it checks that every shard is there.
+
+    Raises InputError naming the file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.config = read_config(self.folder)
+        self.files = self._weight_map()
+
+    def _weight_map(self) -> dict[str, Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            named = json.loads(index.read_text())["weight_map"]
+            missing = sorted({f for f in named.values() if not (self.folder / f).is_file()})
+            if missing:
+                raise InputError(f"{self.folder}: shard {missing[0]} is missing "
+                                 f"({len(missing)} of {len(set(named.values()))}); copy it again")
+            return {tensor: self.folder / file for tensor, file in named.items()}
+        single = self.folder / SINGLE
+        if not single.is_file():
+            pickled = sorted(p.name for p in self.folder.glob("*.bin"))
+            if pickled:
+                raise InputError(f"{self.folder} has only pickled weights ({pickled[0]}), which are "
+                                 "not opened; save the model as safetensors first")
+            raise InputError(f"{self.folder} has no {SINGLE}")
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Load the named tensors to CPU in their stored type. Raises InputError where one is absent."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise InputError(f"{self.folder}: tensor {name} is missing")
+            by_file.setdefault(self.files[name], []).append(name)
+        loaded = {}
+        for path, wanted in by_file.items():
+            with _opened(path) as file:
+                loaded |= {name: file.get_tensor(name) for name in wanted}
+        return loaded
+
+    def block(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one transformer block, by their names within the block."""
+        prefix = f"model.layers.{index}."
+        # Older LLaMA checkpoints store the rotary frequencies, which are no weights.
+        full = self.tensors(n for n in self.files
+                            if n.startswith(prefix) and not n.endswith("rotary_emb.inv_freq"))
+        return {name.removeprefix(prefix): tensor for name, tensor in full.items()}
+
+    def outside_blocks(self) -> list[str]:
+        """Names of the tensors that belong to no block: embeddings, final norm, head."""
+        return [n for n in self.files if not n.startswith("model.layers.")]
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or truncated ({error}); copy it again") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is not a model folder: it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder tensor by tensor; shards close at `SHARD_BYTES`.
+
+    Use as a context manager: config, companions and the index are written on leaving.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], companions_from: Path):
+        self.folder, self.config, self.source = folder, dict(config), companions_from
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def __enter__(self) -> CheckpointWriter:
+        self.folder.mkdir(parents=True)
+        return self
+
+    def add(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        """Add tensors under `prefix`. They are made contiguous and moved to the CPU."""
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > SHARD_BYTES:
+                self._flush()
+            # A clone: views of one storage would each be written whole, or be refused.
+            self._pending[prefix + name] = tensor.detach().cpu().contiguous().clone()
+            self._pending_bytes += size
+
+    def _flush(self) -> None:
+        from safetensors.torch import save_file
+
+        number = len(self._shards) + 1
+        save_file(self._pending, self.folder / f"shard-{number:05d}.safetensors",
+                  metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._total += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            return
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=1))
+        write_companions(self.source, self.folder)
+        (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+
+
+def write_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer and generation settings from one checkpoint folder to another."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all safetensors files in a checkpoint folder."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))

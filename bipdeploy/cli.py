@@ -1,0 +1,184 @@
+"""The command line. Heavy imports stay inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bipdeploy.errors import STAGE_FAILED, BipdeployError, GateError
+
+app = typer.Typer(name="bipdeploy", no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  help="Prune a causal language model, repair it, and prove that it is accurate "
+                  "and faster.\n\nExit codes: 0 passed, 1 a stage failed, 2 bad input, "
+                  "3 a gate failed.")
+
+Set = Annotated[list[str] | None, typer.Option(
+    "--set", help="Override a recipe field: section.field=value. Repeatable.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+@app.command()
+def run(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+        settings: Set = None,
+        runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
+        force: Annotated[bool, typer.Option("--force", help="Rerun every stage.")] = False,
+        start: Annotated[str | None, typer.Option("--from", help="Rerun from this stage.")] = None,
+        until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON on stdout.")] = False,
+        ) -> None:
+    """Run a recipe from the dense model to the report; unchanged stages are reused."""
+    from bipdeploy import api, console, screens
+
+    result = api.run(recipe, settings or [], runs, force=force, start=start, until=until,
+                     reporting=console.bar)
+    if as_json:
+        print(json.dumps({"folder": str(result.folder), "ran": result.ran,
+                          "reused": result.reused, "figures": result.figures,
+                          "failed_gates": result.failed_gates}))
+    else:
+        screens.show_run(result)
+    judged = "gate" in result.ran + result.reused
+    if judged and result.failed_gates:
+        raise GateError("\n".join(f"gate {g['figure']} {g['why']}" for g in result.failed_gates))
+
+
+@app.command()
+def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML files.")],
+          settings: Set = None) -> None:
+    """Check recipes without loading anything; every fault is reported at once."""
+    from bipdeploy import console, recipe_file
+    from bipdeploy.errors import InputError
+
+    faulty = []
+    for path in recipes:
+        try:
+            recipe_file.load(path, settings or [])
+            console.out.print(f"[green]ok[/]  {path}")
+        except InputError as error:
+            faulty.append(str(error))
+    if faulty:
+        raise InputError("\n".join(faulty))
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for completion in an editor."""
+    from bipdeploy import recipe_file
+
+    print(json.dumps(recipe_file.schema(), indent=2))
+
+
+Model = Annotated[str, typer.Argument(help="builtin:pico, a model folder or a hub id.")]
+Pruned = Annotated[Path, typer.Argument(help="A pruned model: its folder, or a stage's.")]
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def score(model: Model, out: Out, settings: Set = None) -> None:
+    """Score every head and FFN channel."""
+    _one("score", lambda api, bar: api.score(model, out, settings or [], bar))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def prune(model: Model,
+          scores: Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")],
+          out: Out,
+          ratio: Annotated[float, typer.Option(help="Share of block parameters to remove.")],
+          settings: Set = None) -> None:
+    """Slice a model by its scores."""
+    _one("prune", lambda api, bar: api.prune(model, scores, out, ratio, settings or [], bar))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
+    """Repair a pruned model beside its dense origin."""
+    _one("recover", lambda api, bar: api.recover(model, pruned, out, settings or [], bar))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def export(pruned: Pruned, out: Out, settings: Set = None) -> None:
+    """Write and verify the export targets."""
+    _one("export", lambda api, bar: api.export(pruned, out, settings or [], bar))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def evaluate(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
+    """Measure perplexity, dense and pruned."""
+    _one("evaluate", lambda api, bar: api.evaluate(model, pruned, out, settings or [], bar), True)
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def bench(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
+    """Time the pruned model against the dense one."""
+    _one("bench", lambda api, bar: api.bench(model, pruned, out, settings or [], bar), True)
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def gate(folders: Annotated[list[Path], typer.Argument(help="Stage folders with figures.")],
+         out: Out, settings: Set = None) -> None:
+    """Judge figures by --set gates.FIGURE.max=… and .min=…"""
+    from bipdeploy import artifacts, screens
+
+    _one("gate", lambda api, bar: api.gate(folders, out, settings or [], bar))
+    verdicts = artifacts.read_json(out / "gates.json")["gates"]
+    screens.show_gates(verdicts)
+    failed = [v for v in verdicts if not v["passed"]]
+    if failed:
+        raise GateError("\n".join(f"gate {v['figure']} {v['why']}" for v in failed))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def report(run_folder: Annotated[Path, typer.Argument(help="A run, such as runs/quickstart.")],
+           out: Out) -> None:
+    """Write a run's report anew."""
+    _one("report", lambda api, bar: api.report(run_folder, out, bar))
+
+
+def _one(name: str, call: Callable, table: bool = False) -> None:
+    """Run one stage with a progress bar, then say what it wrote."""
+    from bipdeploy import api, console, screens
+
+    with console.bar(name) as bar:
+        out = call(api, bar)
+    if table:
+        screens.show_comparison({name: out})
+    console.out.print(f"wrote {out}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import bipdeploy
+
+        print(f"bipdeploy {bipdeploy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option(
+        "--version", callback=_version, is_eager=True, help="Show the version.")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: shows an error as one line and turns it into an exit code."""
+    from bipdeploy import console
+
+    console.quiet_libraries()
+    try:
+        app()
+    except BipdeployError as error:
+        if os.environ.get("BIPDEPLOY_DEBUG"):
+            raise
+        console.err.print("error:", str(error), style="red", markup=False)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if os.environ.get("BIPDEPLOY_DEBUG"):
+            raise
+        console.err.print("error:", str(error), style="red", markup=False)
+        sys.exit(STAGE_FAILED)

@@ -1,0 +1,88 @@
+"""The only place that prints. Results go to stdout; progress, notes and warnings to stderr."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Reporter(Protocol):
+    """What a stage tells about its progress."""
+
+    def total(self, steps: int, what: str = "") -> None: ...
+    def advance(self, steps: int = 1) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A reporter for use from Python: keeps notes, shows nothing."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def total(self, steps: int, what: str = "") -> None: ...
+
+    def advance(self, steps: int = 1) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Bar:
+    """A progress bar for one stage."""
+
+    def __init__(self, progress: Progress, name: str):
+        self._progress, self._name = progress, name
+        self._task = progress.add_task(f"{name:<9}", total=None, detail="")
+        self.notes: list[str] = []
+
+    def total(self, steps: int, what: str = "") -> None:
+        """Say how many steps there are in all, and of what."""
+        self._progress.update(self._task, total=steps, completed=0, detail=what)
+
+    def advance(self, steps: int = 1) -> None:
+        self._progress.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """A warning that the user should read; it is kept in the stage's manifest too."""
+        self.notes.append(text)
+        self._progress.console.print(f"[yellow]note[/]  {self._name}: {text}")
+
+    def done(self) -> None:
+        task = self._progress.tasks[self._task]
+        total = task.total or 1
+        self._progress.update(self._task, total=total, completed=total, detail="")
+
+
+@contextmanager
+def bar(name: str) -> Iterator[Bar]:
+    """Show a progress bar for the stage `name` on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*columns, console=err) as progress:
+        shown = Bar(progress, name)
+        yield shown
+        shown.done()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and hints off the screen; their errors still come through."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

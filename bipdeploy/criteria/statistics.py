@@ -1,0 +1,95 @@
+"""What the calibration walk keeps of a block, and what a criterion is given.
+
+Shapes: N tokens in all, D hidden size, G KV groups, q query heads per group, E head_dim,
+F FFN channels. A group's inputs to o_proj are its q*E columns, side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from bipdeploy.blocks import Block
+
+# Upper bound of |silu'|, reached near x = 2.4.
+SILU_LIPSCHITZ = 1.0999
+
+
+class Scores(NamedTuple):
+    """Scores of a block's groups, float64 on the CPU: heads [G], ffn [F]. Higher is kept."""
+
+    heads: torch.Tensor
+    ffn: torch.Tensor
+
+
+@dataclass
+class Statistics:
+    """Sums over all calibration tokens of a block, float64 except the Gram matrices (float32).
+
+    z_energy [G*q*E] and h_energy [F]: sums of squares of the inputs of o_proj and down_proj.
+    z_gram [G, q*E, q*E]: sum of z z'; z_gram_scaled: the same over mean(u^2) of each token.
+    up_energy, gate_energy [F]: sums of squares of up and silu(gate). output_energy: of y.
+    measured [G]: sums of squares of the change of y when the group is removed.
+    """
+
+    groups: int
+    needs: frozenset[str]
+    eps: float
+    tokens: int = 0
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def see_attention(self, z: torch.Tensor, u: torch.Tensor) -> None:
+        """Take in a batch of o_proj's inputs z [.., G*q*E] and attention outputs u [.., D]."""
+        z = z.flatten(0, -2).float()
+        if "energy" in self.needs:
+            self._add("z_energy", z.square().sum(0).double())
+        if "gram" in self.needs:
+            z_G = z.view(len(z), self.groups, -1).transpose(0, 1)
+            inverse_rms = (u.flatten(0, -2).float().square().mean(-1) + self.eps).rsqrt()
+            scaled = z_G * inverse_rms[None, :, None]
+            self._add("z_gram", z_G.transpose(1, 2) @ z_G)
+            self._add("z_gram_scaled", scaled.transpose(1, 2) @ scaled)
+
+    def see_ffn(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """Take in a batch of silu(gate) and up, both [.., F]."""
+        gate, up = gate.flatten(0, -2).float(), up.flatten(0, -2).float()
+        if "energy" in self.needs:
+            self._add("h_energy", (gate * up).square().sum(0).double())
+        if "ffn_parts" in self.needs:
+            self._add("gate_energy", gate.square().sum(0).double())
+            self._add("up_energy", up.square().sum(0).double())
+
+    def see_output(self, y: torch.Tensor) -> None:
+        """Take in a batch of block outputs y [.., D]."""
+        self.tokens += y.numel() // y.shape[-1]
+        if "output" in self.needs:
+            self._add("output_energy", y.float().square().sum().double())
+
+    def see_measured(self, energy: torch.Tensor) -> None:
+        """Take in the change of a batch's output by removing each group: sums of squares [G]."""
+        self._add("measured", energy.double())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.sums[name]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """All that a criterion may look at: the block, its statistics, and the walk's settings."""
+
+    block: Block
+    statistics: Statistics | None
+    groups: int
+    channels: int
+    propagation: str
+    generator: torch.Generator
+
+    def grouped_output(self) -> torch.Tensor:
+        """o_proj's weight by group: [G, D, q*E], float32."""
+        weight = self.block.output.weight.float()
+        return weight.view(len(weight), self.groups, -1).transpose(0, 1)

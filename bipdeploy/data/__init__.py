@@ -1,0 +1,1 @@
+"""Text and token windows: where calibration and test text comes from."""

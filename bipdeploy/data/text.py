@@ -1,0 +1,149 @@
+"""Texts by name: built in, local files, and hub data sets that need no loading script."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bipdeploy.data import pydocs
+from bipdeploy.errors import InputError, did_you_mean
+
+LOCAL_SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the hub, by an id that is plain parquet or json."""
+
+    path: str
+    config: str | None
+    field: str
+    splits: dict[str, str]  # our split names → theirs
+    files: str | None = None  # one file of a set too large to fetch whole
+
+
+_TRAIN_TEST = {"calibration": "train", "validation": "validation", "test": "test"}
+HUB_SETS: dict[str, HubSet] = {
+    "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", _TRAIN_TEST),
+    # Parquet conversion of the set whose loading script the hub no longer runs.
+    "ptb": HubSet("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", _TRAIN_TEST),
+    "c4": HubSet("allenai/c4", None, "text",
+                 {"calibration": "train", "validation": "validation", "test": "validation"},
+                 "en/c4-{split}.00000-of-{count}.json.gz"),
+    "alpaca": HubSet("yahma/alpaca-cleaned", None, "output",
+                     {"calibration": "train", "validation": "train", "test": "train"}),
+}
+_C4_FILES = {"train": "01024", "validation": "00008"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was read: its documents and where they came from."""
+
+    name: str
+    split: str
+    documents: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the documents' content."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.encode() + b"\0")
+        return digest.hexdigest()
+
+    def joined(self) -> str:
+        """All documents as one text, blank lines between them."""
+        return "\n\n".join(self.documents)
+
+
+def read(data: str, split: str, field: str = "text") -> Text:
+    """Read a text by name, file or hub set. `split` is calibration, validation or test.
+
+    Raises InputError with one line where it cannot be had or holds no text.
+    """
+    if data.startswith("builtin:"):
+        if data != "builtin:pydocs":
+            raise InputError(f"data: no built-in text {data!r}"
+                             f"{did_you_mean(data, ['builtin:pydocs'])}")
+        documents = pydocs.documents(_check_split(data, split, pydocs.SPLITS))
+    elif data in HUB_SETS:
+        documents = _from_hub(data, split)
+    else:
+        documents = _from_file(Path(data).expanduser(), field)
+    documents = [d for d in documents if d.strip()]
+    if not documents:
+        raise InputError(f"data: {data!r} (split {split}) holds no text")
+    return Text(data, split, tuple(documents))
+
+
+def fingerprint(data: str, split: str) -> str:
+    """What changes when the text does, without reading more than a local file."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{data}:{split}:python-{sys.version.split()[0]}"
+
+
+def check(data: str) -> str | None:
+    """What is wrong with a text's name, without network; None where nothing is."""
+    if data.startswith("builtin:"):
+        if data == "builtin:pydocs":
+            return None
+        return f"no built-in text {data!r}{did_you_mean(data, ['builtin:pydocs'])}"
+    if data in HUB_SETS:
+        return None
+    path = Path(data).expanduser()
+    if path.suffix not in LOCAL_SUFFIXES:
+        return (f"{data!r} is neither a .txt, .jsonl or .parquet file nor a known text"
+                f"{did_you_mean(data, [*HUB_SETS, 'builtin:pydocs'])}")
+    return None if path.is_file() else f"there is no file {data!r}"
+
+
+def _check_split(data: str, split: str, known: tuple[str, ...]) -> str:
+    if split not in known:
+        raise InputError(f"split: {data} has no split {split!r}{did_you_mean(split, known)}")
+    return split
+
+
+def _from_file(path: Path, field: str) -> list[str]:
+    fault = check(str(path))
+    if fault:
+        raise InputError(f"data: {fault}")
+    if path.suffix == ".txt":
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"data: {path} is not readable UTF-8 text: {error}") from error
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset(LOCAL_SUFFIXES[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise InputError(f"data: {path} is not readable as {path.suffix[1:]}: "
+                         f"{str(error).splitlines()[0]}") from error
+    if field not in rows.column_names:
+        raise InputError(f"field: {path} has no column {field!r}"
+                         f"{did_you_mean(field, rows.column_names)}")
+    return [str(value) for value in rows[field]]
+
+
+def _from_hub(name: str, split: str) -> list[str]:
+    from datasets import load_dataset
+
+    hub = HUB_SETS[name]
+    theirs = hub.splits[_check_split(name, split, tuple(hub.splits))]
+    files = hub.files.format(split=theirs, count=_C4_FILES[theirs]) if hub.files else None
+    try:
+        if files:
+            rows = load_dataset(hub.path, data_files={theirs: files}, split=theirs)
+        else:
+            rows = load_dataset(hub.path, hub.config, split=theirs)
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"data: {name} ({hub.path}) could not be had from the hub: {line[:160]}; "
+                         "offline, use builtin:pydocs or a local .txt or .jsonl file") from error
+    return [str(value) for value in rows[hub.field]]

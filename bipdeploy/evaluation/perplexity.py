@@ -1,0 +1,55 @@
+"""Perplexity over non-overlapping windows, as the pruning papers measure it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from bipdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Perplexity(NamedTuple):
+    """nats: mean negative log-likelihood per predicted token; tokens: how many were predicted."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats) if self.nats < 700 else math.inf
+
+    def bits_per_byte(self, tokens_per_byte: float) -> float:
+        """Independent of the tokenizer: bits per token times tokens per byte of the text."""
+        return self.nats / math.log(2) * tokens_per_byte
+
+
+def perplexity(model: torch.nn.Module, ids: torch.Tensor, window: int, batch: int,
+               advance: Callable[[int], None] = lambda _: None) -> Perplexity:
+    """Token-level perplexity of a causal model on a token sequence [tokens].
+
+    The sequence is cut into non-overlapping windows; each is read on its own, and its first token
+    is context only. The rest that fills no window is left out. Raises InputError where not even
+    one window fits.
+    """
+    import torch
+
+    count = len(ids) // window
+    if not count:
+        raise InputError(f"evaluate.perplexity: the text has {len(ids)} tokens, which fills no "
+                         f"window of {window}; give a longer text or a shorter window")
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.inference_mode():
+        for windows in ids[:count * window].view(count, window).split(batch):
+            x = windows.to(device)
+            logits = model(x, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(),
+                                                     reduction="sum")
+            total += float(loss)
+            advance(len(windows))
+    predicted = count * (window - 1)
+    return Perplexity(total / predicted, predicted)

@@ -1,0 +1,77 @@
+"""Target `transformers`: a safetensors folder, verified by loading it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bipdeploy.blocks import BlockWalker
+from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.errors import StageError
+from bipdeploy.export.card import model_card
+from bipdeploy.families import PER_BLOCK_PREFIX
+from bipdeploy.modeling import loading, modeling_bipdeploy
+from bipdeploy.modeling.formats import CODE_FILE
+
+if TYPE_CHECKING:
+    from bipdeploy.stages.job import Job
+
+# Both sides compute in the same type; what differs is the order of sums.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+PROBE_TOKENS = 64
+
+
+def export(job: Job, out: Path) -> dict[str, Any]:
+    """Write the folder and load it back; its logits must equal those of the repaired model."""
+    source = Checkpoint(job.inputs["pruned"])
+    out.mkdir(parents=True)
+    for path in sorted(source.folder.iterdir()):
+        if path.suffix == ".safetensors":
+            _link_or_copy(path, out / path.name)
+        elif path.is_file():
+            shutil.copyfile(path, out / path.name)
+    per_block = str(source.config["model_type"]).startswith(PER_BLOCK_PREFIX)
+    if per_block:
+        shutil.copyfile(modeling_bipdeploy.__file__, out / CODE_FILE)
+    (out / "README.md").write_text(model_card(source, job.recipe, per_block=per_block))
+    difference = logits_difference(job, source.folder, out)
+    return {"architecture": source.config["architectures"][0],
+            "needs": "trust_remote_code=True, or bipdeploy installed" if per_block
+            else "nothing besides transformers",
+            "verified": {"by": "AutoModelForCausalLM.from_pretrained",
+                         "largest_logit_difference": difference}}
+
+
+@torch.no_grad()
+def logits_difference(job: Job, source: Path, written: Path) -> float:
+    """Largest absolute difference of logits between the model as repaired and as loaded back.
+
+    The first is computed block by block from `source`, the second by transformers from `written`.
+    Raises StageError where they differ by more than the type's rounding.
+    """
+    walker = BlockWalker(source, job.recipe.model)
+    tokens = min(PROBE_TOKENS, walker.architecture.max_positions)
+    generator = torch.Generator().manual_seed(job.recipe.seed)
+    ids = torch.randint(walker.architecture.vocabulary, (1, tokens), generator=generator)
+    hidden = walker.embed(ids)
+    for block in walker.blocks(tokens):
+        hidden = block(hidden)
+    model = loading.load_model(written, walker.dtype, walker.device)
+    expected = model.lm_head(model.model.norm(hidden)).float()
+    difference = float((model(ids.to(walker.device)).logits.float() - expected).abs().max())
+    if not difference <= TOLERANCE[walker.dtype]:
+        raise StageError(f"the exported model does not agree with the one it was made from: logits "
+                         f"differ by {difference:.3g}, allowed {TOLERANCE[walker.dtype]:g}")
+    return difference
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it: weights are large and do not change."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

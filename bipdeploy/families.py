@@ -1,0 +1,159 @@
+"""Model families: what a block is made of, how its parts couple, and how much they weigh.
+
+Everything here is read from `config.json` alone and needs no torch, so that a recipe can be
+checked and a plan be made before any weight is loaded. To add a family whose blocks use the
+same projection names, add a line to `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bipdeploy.errors import InputError, did_you_mean
+
+# Model types of our own per-block checkpoints are the family's name behind this prefix.
+PER_BLOCK_PREFIX = "bipdeploy_"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps the parts that are pruned together.
+
+    `query_rows`, `kv_rows`, `query_columns` name tensors (relative to the block) that are cut
+    by whole heads of `head_dim` rows or columns; `ffn_rows` and `ffn_columns` by FFN channel.
+    A tensor that a checkpoint does not have (a bias) is passed over.
+    """
+
+    model_type: str
+    class_prefix: str  # of the classes in transformers.models.<model_type>
+    attention_bias: bool = False  # q, k and v have biases whatever the config says
+    qk_norm: bool = False  # RMSNorm over head_dim on q and k, shared by all heads
+    query_rows: tuple[str, ...] = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
+    kv_rows: tuple[str, ...] = ("self_attn.k_proj.weight", "self_attn.k_proj.bias",
+                                "self_attn.v_proj.weight", "self_attn.v_proj.bias")
+    query_columns: tuple[str, ...] = ("self_attn.o_proj.weight",)
+    ffn_rows: tuple[str, ...] = ("mlp.gate_proj.weight", "mlp.gate_proj.bias",
+                                 "mlp.up_proj.weight", "mlp.up_proj.bias")
+    ffn_columns: tuple[str, ...] = ("mlp.down_proj.weight",)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral"),
+        Family("qwen2", "Qwen2", attention_bias=True),
+        Family("qwen3", "Qwen3", qk_norm=True),
+    )
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`. Raises InputError where there is none."""
+    stated = str(config.get("model_type", ""))
+    name = stated.removeprefix(PER_BLOCK_PREFIX)
+    if name not in FAMILIES:
+        raise InputError(f"model_type {stated!r} has no family{did_you_mean(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+@dataclass(frozen=True)
+class BlockWidths:
+    """The prunable widths of one transformer block. Zero heads or channels: a part is removed."""
+
+    heads: int
+    kv_heads: int
+    intermediate: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head; 0 where the block has no attention."""
+        return self.heads // self.kv_heads if self.kv_heads else 0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a whole model, enough to count its parameters exactly."""
+
+    family: Family
+    hidden: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool  # of o_proj
+    ffn_bias: bool
+    max_positions: int
+    blocks: tuple[BlockWidths, ...]
+
+    @property
+    def uniform(self) -> bool:
+        return len(set(self.blocks)) == 1 and self.blocks[0].heads > 0 < self.blocks[0].intermediate
+
+    def kv_group_parameters(self, block: int, group: int | None = None) -> int:
+        """Parameters of one KV head with its query heads: rows of q, k, v and columns of o."""
+        queries = self.blocks[block].group if group is None else group
+        rows = (queries + 2) * self.head_dim
+        return rows * (self.hidden + self.qkv_bias) + queries * self.head_dim * self.hidden
+
+    def channel_parameters(self) -> int:
+        """Parameters of one FFN channel: a row of gate and of up, a column of down."""
+        return 3 * self.hidden + 2 * self.ffn_bias
+
+    def block_parameters(self, block: int, widths: BlockWidths | None = None) -> int:
+        """All parameters of a block, at its own widths or at those given."""
+        w = widths or self.blocks[block]
+        total = w.intermediate * self.channel_parameters()
+        if w.kv_heads:
+            total += w.kv_heads * self.kv_group_parameters(block, w.group)
+            total += self.hidden + self.hidden * self.output_bias
+            total += 2 * self.head_dim * self.family.qk_norm
+        if w.intermediate:
+            total += self.hidden + self.hidden * self.ffn_bias
+        return total
+
+    def parameters(self, blocks: tuple[BlockWidths, ...] | None = None) -> int:
+        """All parameters of the model, tied embeddings counted once."""
+        widths = blocks or self.blocks
+        body = sum(self.block_parameters(i, w) for i, w in enumerate(widths))
+        return body + self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Bytes of K and V that one token keeps in the cache, over all blocks."""
+        return sum(2 * w.kv_heads * self.head_dim * bytes_per_value for w in self.blocks)
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read the sizes from a `config.json`, stock or per-block (`per_layer_config`).
+
+    Raises InputError for an unknown model type or a missing size.
+    """
+    family = family_of(config)
+    missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads",
+                           "intermediate_size", "vocab_size") if config.get(k) is None]
+    if missing:
+        raise InputError(f"config.json of this {family.model_type} model lacks {', '.join(missing)}")
+    heads = config["num_attention_heads"]
+    overrides = {int(i): v for i, v in (config.get("per_layer_config") or {}).items()}
+    blocks = []
+    for i in range(config["num_hidden_layers"]):
+        own = {**config, **overrides.get(i, {})}
+        skipped = own.get("skip") or ()
+        queries = 0 if "attention" in skipped else own["num_attention_heads"]
+        kv = 0 if "attention" in skipped else own.get("num_key_value_heads") or queries
+        blocks.append(BlockWidths(queries, kv, 0 if "mlp" in skipped else own["intermediate_size"]))
+    stated_bias = bool(config.get("attention_bias", False))
+    return Architecture(
+        family=family,
+        hidden=config["hidden_size"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.attention_bias or stated_bias,
+        output_bias=stated_bias and not family.attention_bias,
+        ffn_bias=bool(config.get("mlp_bias", False)),
+        max_positions=int(config.get("max_position_embeddings") or 2048),
+        blocks=tuple(blocks),
+    )

@@ -1,0 +1,44 @@
+"""The names of the figures that stages report and gates may use. Imports no torch.
+
+A figure comes as `<name>.dense`, `<name>.pruned` and `<name>.ratio` (pruned / dense) or, for
+times and rates, `<name>.speedup` (above 1: the pruned model is faster).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bipdeploy.recipe import Recipe
+
+COMPARED = ("dense", "pruned", "ratio")
+TIMED = ("dense", "pruned", "speedup")
+
+
+def expected(recipe: Recipe) -> set[str]:
+    """Every figure that a run of `recipe` measures."""
+    names = {f"{base}.{kind}" for base in ("parameters", "block_parameters", "weights_bytes",
+                                           "kv_bytes_per_token") for kind in COMPARED}
+    if recipe.evaluate.perplexity.enabled:
+        for base in perplexity_names(recipe.evaluate.perplexity.windows):
+            names |= {f"{base}.{kind}" for kind in COMPARED}
+    bench = recipe.bench.torch
+    if bench.enabled:
+        names |= {f"{base}.{kind}" for base in ("prefill", "decode", "ttft") for kind in TIMED}
+        if bench.memory:
+            names |= {f"memory.{kind}" for kind in COMPARED}
+    return names
+
+
+def perplexity_names(windows: Sequence[int | str]) -> list[str]:
+    """`perplexity` and `bits_per_byte` (the first window), then one of each per window."""
+    names = ["perplexity", "bits_per_byte"]
+    for window in windows:
+        names += [f"perplexity.{window}", f"bits_per_byte.{window}"]
+    return names
+
+
+def compared(name: str, dense: float, pruned: float) -> dict[str, float]:
+    """The three figures of a quantity where less or more is not better by itself."""
+    return {f"{name}.dense": dense, f"{name}.pruned": pruned, f"{name}.ratio": pruned / dense}

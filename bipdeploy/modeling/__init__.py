@@ -1,0 +1,1 @@
+"""Checkpoints whose blocks have different widths: configuration, classes, registration."""

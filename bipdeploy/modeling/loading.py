@@ -1,0 +1,65 @@
+"""Building whole models and single blocks from checkpoints, stock or per-block."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bipdeploy.errors import InputError
+from bipdeploy.families import PER_BLOCK_PREFIX, Family
+
+if TYPE_CHECKING:
+    import torch
+
+
+@lru_cache(maxsize=1)
+def register() -> None:
+    """Tell transformers' Auto classes about the per-block models. Safe to call again."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from bipdeploy.modeling.modeling_bipdeploy import FAMILIES
+
+    for config, _, model, causal in FAMILIES.values():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a checkpoint folder."""
+    from transformers import AutoConfig
+
+    register()
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}/config.json is not accepted by transformers: "
+                         f"{str(error).splitlines()[0]}") from error
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, *,
+               trust_remote_code: bool = False) -> torch.nn.Module:
+    """A whole model in evaluation mode, as `AutoModelForCausalLM` gives it."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype,
+                                                 trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
+
+
+def layer_class(family: Family, config: Any) -> type:
+    """The decoder-layer class for a configuration of this family."""
+    if config.model_type.startswith(PER_BLOCK_PREFIX):
+        from bipdeploy.modeling.modeling_bipdeploy import FAMILIES
+
+        return FAMILIES[family.model_type][1]
+    return getattr(family_module(family), f"{family.class_prefix}DecoderLayer")
+
+
+def family_module(family: Family) -> Any:
+    """transformers' modeling module of a family."""
+    name = family.model_type
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")

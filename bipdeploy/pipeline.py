@@ -1,0 +1,264 @@
+"""The pipeline: which stages there are, in what order, and when one is reused.
+
+Imports no torch: a run in which every stage is reused never loads it. To add a stage, write its
+function in `stages/` and its section in `recipe.py`, and add a line to `STAGES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bipdeploy import artifacts, sources
+from bipdeploy.allocation import unprotected, uniform_widths
+from bipdeploy.calibration import calibration_split, test_split
+from bipdeploy.checkpoint import read_config
+from bipdeploy.console import Reporter, Silent
+from bipdeploy.data import text
+from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
+from bipdeploy.families import architecture
+from bipdeploy.recipe import Recipe
+from bipdeploy.stages.job import Job
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the pipeline.
+
+    `sections` are the recipe's fields that change the result; `inputs` the artefacts that are
+    read (see `_ARTEFACTS`); `timed` results hold for this machine only.
+    """
+
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...]
+    timed: bool = False
+
+    @staticmethod
+    def function(name: str) -> Callable[[Job], None]:
+        return importlib.import_module(f"bipdeploy.stages.{name}").run
+
+
+STAGES: dict[str, Stage] = {
+    "score": Stage(("model", "calibration", "score", "seed"), ("dense",)),
+    "prune": Stage(("prune",), ("dense", "score")),
+    "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
+    "export": Stage(("export", "model", "name"), ("pruned",)),
+    "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported")),
+    "bench": Stage(("bench", "model"), ("dense", "exported"), timed=True),
+    "gate": Stage(("gates",), ("prune", "evaluate", "bench")),
+    "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
+                                                 "evaluate", "bench", "gate")),
+}
+
+# Artefacts that are models: where they are below the run, the first that exists.
+_ARTEFACTS: dict[str, tuple[str, ...]] = {
+    "sliced": ("prune/model",),
+    "pruned": ("recover/model", "prune/model"),
+    "exported": ("export/transformers", "recover/model", "prune/model"),
+}
+
+# Opens the reporter of a stage; the command line shows a progress bar.
+Reporting = Callable[[str], AbstractContextManager[Reporter]]
+
+
+@dataclass
+class RunResult:
+    """What a run did: the folder, the stages it ran and reused, figures, and whether gates held."""
+
+    folder: Path
+    ran: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return artifacts.figures([self.folder / name for name in STAGES])
+
+    @property
+    def failed_gates(self) -> list[dict[str, Any]]:
+        path = self.folder / "gate" / "gates.json"
+        gates = artifacts.read_json(path)["gates"] if path.exists() else []
+        return [gate for gate in gates if not gate["passed"]]
+
+
+def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = None,
+        until: str | None = None, reporting: Reporting | None = None) -> RunResult:
+    """Run a recipe's stages in order; a stage whose inputs have not changed is reused.
+
+    `force` reruns all, `start` reruns from that stage on, `until` ends after that stage. Raises
+    InputError for a fault of the input, StageError where a stage could not finish; what earlier
+    stages made is kept. Gates that fail are in the result, not raised.
+    """
+    names = _selection(start, until)
+    dense = sources.model_folder(recipe.model.id, recipe.model.revision,
+                                 code=recipe.model.trust_remote_code)
+    preflight(recipe, dense)
+    folder = runs / recipe.name
+    _writable(folder)
+    result = RunResult(folder)
+    keys = {"dense": sources.fingerprint(dense)}
+    rerun = force
+    for name in names:
+        rerun = rerun or name == start
+        inputs = resolve(name, folder, dense)
+        keys[name] = stage_key(name, recipe, keys)
+        if not rerun and intact(folder / name, keys[name]):
+            result.reused.append(name)
+            continue
+        with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
+            run_stage(name, recipe, inputs, folder / name, keys[name], reporter)
+        result.ran.append(name)
+        _write_run_manifest(recipe, folder, dense)
+    return result
+
+
+def _selection(start: str | None, until: str | None) -> list[str]:
+    names = list(STAGES)
+    for option, value in (("--from", start), ("--until", until)):
+        if value is not None and value not in STAGES:
+            raise InputError(f"{option}: no stage is called {value!r}{did_you_mean(value, names)}")
+    if until is not None:
+        names = names[:names.index(until) + 1]
+    if start is not None and start not in names:
+        raise InputError(f"--from {start} comes after --until {until}; swap them")
+    return names
+
+
+def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, key: str,
+              reporter: Reporter) -> None:
+    """Run one stage into `out`: written whole, with its manifest, or not at all."""
+    memory, began = artifacts.PeakMemory(), time.time()
+    with artifacts.writing(out) as partial:
+        try:
+            STAGES[name].function(name)(Job(recipe, dict(inputs), partial, reporter))
+        except BipdeployError:
+            raise
+        except MemoryError as error:
+            raise _out_of_memory(name) from error
+        except OSError:
+            raise  # `writing` tells a full disk from other faults
+        except Exception as error:
+            if "out of memory" in str(error).lower():
+                raise _out_of_memory(name) from error
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
+                             "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
+        artifacts.write_json(partial / artifacts.MANIFEST, {
+            "stage": name, "key": key, "seed": recipe.seed,
+            "sections": {s: _plain(getattr(recipe, s)) for s in STAGES[name].sections},
+            "inputs": {n: str(p) for n, p in inputs.items()},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+            "seconds": round(time.time() - began, 3), "peak_memory_bytes": memory.bytes(),
+            "notes": getattr(reporter, "notes", []),
+            "environment": artifacts.environment(),
+            "sizes": {str(p.relative_to(partial)): p.stat().st_size
+                      for p in sorted(partial.rglob("*")) if p.is_file()},
+            "sha256": artifacts.file_hashes(partial)})
+
+
+def _out_of_memory(name: str) -> StageError:
+    return StageError(f"stage {name} ran out of memory; lower calibration.batch, "
+                      "calibration.samples, evaluate.perplexity.batch or bench.torch.batch")
+
+
+def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
+    """A hash of all that a stage's result depends on: its sections, inputs, code and libraries."""
+    stage = STAGES[name]
+    upstream = {part.split("/")[0] for artefact in stage.inputs
+                for part in _ARTEFACTS.get(artefact, (artefact,))}
+    environment = artifacts.environment()
+    parts: dict[str, Any] = {
+        "stage": name, "code": environment["code"], "libraries": environment["libraries"],
+        "sections": {s: _plain(getattr(recipe, s)) for s in stage.sections},
+        "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
+    if "calibration" in stage.sections:
+        parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
+    if "evaluate" in stage.sections:
+        parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))
+    if stage.timed:
+        parts["hardware"] = environment["hardware"]
+    return artifacts.digest(parts)
+
+
+def intact(folder: Path, key: str) -> bool:
+    """Whether a stage's folder was made from the same inputs, and all of its files are there."""
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None or manifest.get("key") != key:
+        return False
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size
+               for name, size in manifest["sizes"].items())
+
+
+def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
+    """The folders that a stage reads, within one run."""
+    found = {}
+    for artefact in STAGES[name].inputs:
+        places = _ARTEFACTS.get(artefact, (artefact,))
+        candidates = [dense] if artefact == "dense" else [folder / place for place in places]
+        found[artefact] = next((p for p in candidates if p.is_dir()), candidates[-1])
+    return found
+
+
+def preflight(recipe: Recipe, dense: Path) -> None:
+    """Refuse what cannot work before the first expensive step. Raises InputError."""
+    arch = architecture(read_config(dense))
+    if recipe.prune.layers == "uniform":
+        uniform_widths(arch, recipe.prune)
+    else:
+        unprotected(arch, recipe.prune)
+    if recipe.calibration.tokens > arch.max_positions:
+        raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
+                         f"model's maximum of {arch.max_positions}; lower it")
+    checked = [("calibration.data", recipe.calibration.data)]
+    perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
+    if perplexity.enabled:
+        checked.append(("evaluate.perplexity.data", perplexity.data))
+        for window in perplexity.windows:
+            if isinstance(window, int) and window > arch.max_positions:
+                raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
+                                 f"model's maximum of {arch.max_positions}; lower it or write max")
+    for name, data in checked:
+        fault = text.check(data)
+        if fault:
+            raise InputError(f"{name}: {fault}")
+    if bench.enabled and bench.prompt_tokens + bench.new_tokens > arch.max_positions:
+        raise InputError(f"bench.torch: prompt_tokens {bench.prompt_tokens} and new_tokens "
+                         f"{bench.new_tokens} pass the model's maximum of {arch.max_positions}; "
+                         "lower them")
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder with "
+                         "--runs") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}: permission denied; give another folder with "
+                         "--runs")
+
+
+def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path) -> None:
+    stages = {}
+    for name in STAGES:
+        manifest = artifacts.read_manifest(folder / name)
+        if manifest:
+            stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
+                                                     "peak_memory_bytes", "notes", "sha256")}
+    artifacts.write_json(folder / artifacts.MANIFEST, {
+        "recipe": _plain(recipe), "model": str(dense), "environment": artifacts.environment(),
+        "stages": stages})
+
+
+def _plain(value: Any) -> Any:
+    """Recipe values as JSON data."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,214 @@
+"""The recipe: one typed section per concern, every field documented where it is declared.
+
+Imports no torch. `recipe_file.py` reads recipes from YAML and reports all faults at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are faults, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True,
+                              protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The dense model, and how it is loaded."""
+
+    id: str = Field(description="`builtin:pico`, a local folder, or a model id on the hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type to compute in. `auto`: the checkpoint's own on a GPU, float32 on "
+        "a CPU. Statistics are kept in float32 or float64 either way.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto` takes a CUDA GPU where there is one.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the checkpoint ships. Off unless you say so.")
+
+
+class TextSection(Section):
+    """A text: built in, a local file, or a data set on the hub."""
+
+    data: str = Field(
+        "builtin:pydocs", description="`builtin:pydocs` (Python's reference text, on every "
+        "machine), a .txt, .jsonl or .parquet file, or one of wikitext2, ptb, c4, alpaca (hub).")
+    split: str | None = Field(
+        None, description="Split of a built-in or hub text. Default: calibration text takes "
+        "`calibration` or `train`, test text `test` or `validation`.")
+    field: str = Field("text", description="The column that holds the text, for jsonl and parquet.")
+
+
+class CalibrationSection(TextSection):
+    """The text that scores and repairs the model. Never the text it is tested on."""
+
+    samples: PositiveInt = Field(128, description="Windows drawn at random, without overlap.")
+    tokens: int = Field(128, ge=8, description="Tokens in a window.")
+    batch: PositiveInt = Field(16, description="Windows that go through a block at once.")
+
+
+class ScoreSection(Section):
+    """How the groups (KV heads with their query heads; FFN channels) are ranked."""
+
+    criterion: str = Field("llm_bip", description="A name in the criteria table.")
+    propagation: Literal["bound", "measured"] = Field(
+        "bound", description="How LLM-BIP carries a head's influence through the FFN to the "
+        "block's output: `bound` (Lipschitz, from one forward pass) or `measured` (one more FFN "
+        "pass per head).")
+
+    @field_validator("criterion")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from bipdeploy.criteria import NAMES
+        from bipdeploy.errors import did_you_mean
+
+        if name not in NAMES:
+            raise ValueError(f"no criterion is called {name!r}{did_you_mean(name, NAMES)}")
+        return name
+
+
+class ProtectSection(Section):
+    """Blocks that stay dense."""
+
+    first: int = Field(0, ge=0, description="How many of the first blocks stay dense.")
+    last: int = Field(0, ge=0, description="How many of the last blocks stay dense.")
+
+
+class PruneSection(Section):
+    """How much is removed, and where."""
+
+    ratio: Share = Field(description="Share of the parameters of all blocks that is removed "
+                         "(protected blocks count in the total, embeddings do not).")
+    layers: Literal["uniform", "global"] = Field(
+        "uniform", description="`uniform`: every unprotected block gets the same widths, and "
+        "without protected blocks the result is a stock checkpoint. `global`: groups of all "
+        "blocks compete, and widths differ by block.")
+    protect: ProtectSection = Field(default_factory=lambda: ProtectSection())
+    round_to: PositiveInt = Field(
+        128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "
+        "tiny models.")
+    heads: bool = Field(True, description="Prune attention heads.")
+    ffn: bool = Field(True, description="Prune FFN channels.")
+
+    @model_validator(mode="after")
+    def _something(self) -> PruneSection:
+        if not (self.heads or self.ffn):
+            raise ValueError("heads and ffn are both false, so nothing can be pruned; "
+                             "set one to true")
+        return self
+
+
+class RefitSection(Section):
+    """Closed-form repair: ridge least squares to the dense model's block outputs."""
+
+    ridge: float = Field(
+        0.01, ge=0.0, description="Pull towards the original weights, as a share of the mean "
+        "energy of the kept inputs.")
+
+
+class RecoverSection(Section):
+    """Repair after slicing."""
+
+    method: Literal["none", "refit"] = Field(
+        "refit", description="`refit`: solve both output projections of each block in closed form, "
+        "in sequence. `none`: leave the sliced weights as they are.")
+    refit: RefitSection = Field(default_factory=RefitSection)
+
+
+class TransformersExport(Section):
+    """A safetensors folder that `AutoModelForCausalLM.from_pretrained` loads."""
+
+    enabled: bool = Field(True, description="Write this target.")
+
+
+class ExportSection(Section):
+    """What is written for others to load; one field per target in the exporters' table."""
+
+    transformers: TransformersExport = Field(default_factory=TransformersExport)
+
+
+class PerplexitySection(TextSection):
+    """Token-level perplexity over non-overlapping windows."""
+
+    enabled: bool = Field(True, description="Measure perplexity, dense and pruned.")
+    windows: list[Annotated[int, Field(ge=2)] | Literal["max"]] = Field(
+        [128], min_length=1, description="Window lengths in tokens; the first is the one that "
+        "`perplexity.ratio` means. `max` is the model's maximum, at most 2048.")
+    max_tokens: PositiveInt | None = Field(
+        None, description="Read at most this many tokens of the text. Default: all.")
+    batch: PositiveInt = Field(8, description="Windows in a batch.")
+
+
+class EvaluateSection(Section):
+    """How good the pruned model is, beside the dense one."""
+
+    perplexity: PerplexitySection = Field(default_factory=PerplexitySection)
+
+
+class TorchBench(Section):
+    """Latency and throughput in PyTorch, dense and pruned interleaved."""
+
+    enabled: bool = Field(True, description="Measure it.")
+    batch: PositiveInt = Field(1, description="Sequences at once.")
+    prompt_tokens: PositiveInt = Field(128, description="Tokens of the prompt (prefill).")
+    new_tokens: int = Field(32, ge=2, description="Tokens generated after it (decode).")
+    repeats: int = Field(10, ge=3, description="Timed rounds; each runs dense and pruned once.")
+    warmup: int = Field(2, ge=0, description="Rounds before timing starts.")
+    memory: bool = Field(True, description="Measure peak memory, each model in its own process.")
+
+
+class BenchSection(Section):
+    """How fast the pruned model is, beside the dense one in the same run."""
+
+    torch: TorchBench = Field(default_factory=TorchBench)
+
+
+class Bounds(Section):
+    """What a figure must satisfy."""
+
+    min: float | None = Field(None, description="The figure must be at least this.")
+    max: float | None = Field(None, description="The figure must be at most this.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Bounds:
+        if self.min is None and self.max is None:
+            raise ValueError("a gate needs a min or a max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+
+class Recipe(Section):
+    """From a dense model to a pruned one that is proven: what `bipdeploy run` does."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+                      description="Names the run's folder under runs/.")
+    seed: int = Field(0, ge=0, description="Draws the calibration windows and random scores.")
+    model: ModelSection
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection)
+    score: ScoreSection = Field(default_factory=ScoreSection)
+    prune: PruneSection
+    recover: RecoverSection = Field(default_factory=RecoverSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    bench: BenchSection = Field(default_factory=BenchSection)
+    gates: dict[str, Bounds] = Field(
+        default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Recipe:
+        from bipdeploy.errors import did_you_mean
+        from bipdeploy.figures import expected
+
+        known = expected(self)
+        faults = [f"gates.{name}: no enabled stage measures {name!r}{did_you_mean(name, known)}"
+                  for name in self.gates if name not in known]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self

@@ -1,0 +1,55 @@
+"""Closed-form repair: refit the two output projections of a block to the dense block's outputs.
+
+Shapes: N tokens, K kept inputs of a projection, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class RidgeProblem:
+    """min over W of |R_ND - Z_NK W_DK'|^2 + ridge |W - W0|^2, from sums over batches.
+
+    Solved as W = W0 + B' (A + ridge I)^-1 with A = Z'Z and B = Z'(R - Z W0'), so that W0 is what
+    it falls back to: the error on the fitted tokens never exceeds that of W0.
+    """
+
+    start_DK: torch.Tensor
+    gram_KK: torch.Tensor = field(init=False)
+    cross_KD: torch.Tensor = field(init=False)
+    before: float = 0.0  # squared error of W0, in all
+
+    def __post_init__(self) -> None:
+        d, k = self.start_DK.shape
+        options = {"dtype": torch.float64, "device": self.start_DK.device}
+        self.gram_KK = torch.zeros(k, k, **options)
+        self.cross_KD = torch.zeros(k, d, **options)
+
+    def see(self, z_NK: torch.Tensor, target_ND: torch.Tensor) -> None:
+        """Take in a batch: inputs of the projection, and what its output should be."""
+        # Products in float32, sums in float64: exact enough at GPU speed, as windows are short.
+        z = z_NK.flatten(0, -2).float()
+        residual = target_ND.flatten(0, -2).float() - z @ self.start_DK.float().T
+        self.gram_KK += (z.T @ z).double()
+        self.cross_KD += (z.T @ residual).double()
+        self.before += float(residual.double().square().sum())
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """The refitted weight [D, K] in float64. `ridge` is relative to the mean of diag(Z'Z)."""
+        scale = self.gram_KK.diagonal().mean().clamp_min(1e-12)
+        # Never exactly zero: inputs that are always zero would make the system singular.
+        damping = max(ridge, 1e-10) * scale
+        system = self.gram_KK + damping * torch.eye(len(self.gram_KK), dtype=torch.float64,
+                                                    device=self.gram_KK.device)
+        update_KD = torch.linalg.solve(system, self.cross_KD)
+        return self.start_DK.double() + update_KD.T
+
+    def error(self, weight_DK: torch.Tensor) -> float:
+        """Squared error of any weight on the tokens seen, from the sums alone."""
+        step_KD = (weight_DK.double() - self.start_DK.double()).T
+        return self.before + float((step_KD * (self.gram_KK @ step_KD)).sum()
+                                   - 2 * (step_KD * self.cross_KD).sum())

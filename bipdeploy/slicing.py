@@ -1,0 +1,70 @@
+"""Cutting a block's tensors down to the groups that stay. Pure functions on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from bipdeploy.allocation import Kept
+from bipdeploy.families import Architecture
+
+
+def slice_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: int,
+                kept: Kept) -> dict[str, torch.Tensor]:
+    """The tensors of a block with only the kept KV groups and channels.
+
+    A KV group leaves with its query heads: rows of q, k and v (and their biases), columns of o.
+    A channel leaves as a row of gate and up and a column of down. Where nothing of a part is
+    kept, all its tensors go. Names and types are unchanged.
+    """
+    family, widths = arch.family, arch.blocks[block]
+    kv_rows = _expand(kept.groups, arch.head_dim)
+    query_rows = _expand(kept.groups, arch.head_dim * widths.group)
+    channels = torch.tensor(kept.channels, dtype=torch.long)
+    sliced = {}
+    for name, tensor in tensors.items():
+        if _removed(name, kept):
+            continue
+        if name in family.query_rows:
+            tensor = tensor.index_select(0, query_rows)
+        elif name in family.kv_rows:
+            tensor = tensor.index_select(0, kv_rows)
+        elif name in family.query_columns:
+            tensor = tensor.index_select(1, query_rows)
+        elif name in family.ffn_rows:
+            tensor = tensor.index_select(0, channels)
+        elif name in family.ffn_columns:
+            tensor = tensor.index_select(1, channels)
+        sliced[name] = tensor
+    return sliced
+
+
+def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: int,
+               kept: Kept) -> dict[str, torch.Tensor]:
+    """The same choice at full width: columns of o and down of the groups that leave are zero.
+
+    The definition that `slice_block` must agree with: removing a group is zeroing what it adds.
+    """
+    family, widths = arch.family, arch.blocks[block]
+    masked = {name: tensor.clone() for name, tensor in tensors.items()}
+    for names, indices in ((family.query_columns,
+                            _expand(kept.groups, arch.head_dim * widths.group)),
+                           (family.ffn_columns, torch.tensor(kept.channels, dtype=torch.long))):
+        for name in names:
+            gone = torch.ones(masked[name].shape[1], dtype=torch.bool)
+            gone[indices] = False
+            masked[name][:, gone] = 0
+    return masked
+
+
+def _expand(groups: tuple[int, ...], width: int) -> torch.Tensor:
+    """Row indices of whole groups of `width` rows."""
+    starts = torch.tensor(groups, dtype=torch.long)[:, None] * width
+    return (starts + torch.arange(width)).flatten()
+
+
+def _removed(name: str, kept: Kept) -> bool:
+    attention = name.startswith(("self_attn.", "input_layernorm."))
+    ffn = name.startswith(("mlp.", "post_attention_layernorm."))
+    return (attention and not kept.groups) or (ffn and not kept.channels)

@@ -1,0 +1,90 @@
+"""Where a model comes from: shipped with the package, a local folder, or the hub.
+
+Imports no torch; `fingerprint` lets a stage be reused without reading gigabytes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from bipdeploy.checkpoint import read_config
+from bipdeploy.errors import InputError, did_you_mean
+
+BUILTIN_FOLDER = Path(__file__).parent / "builtin"
+BUILTIN_MODELS = ("pico",)
+_WHOLE_HASH_BYTES = 64 << 20
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def model_folder(model: str, revision: str | None = None, *, code: bool = False) -> Path:
+    """The local folder of a model, downloaded from the hub where needed.
+
+    `code`: fetch the checkpoint's Python files too (only with `trust_remote_code`).
+    Raises InputError with one line that says what was looked for and what to do.
+    """
+    if model.startswith("builtin:"):
+        name = model.removeprefix("builtin:")
+        if name not in BUILTIN_MODELS:
+            raise InputError(f"model.id: no built-in model {model!r}"
+                             f"{did_you_mean(name, BUILTIN_MODELS)}")
+        return BUILTIN_FOLDER / name
+    path = Path(model).expanduser()
+    if path.is_dir():
+        inner = path / "model"  # the folder that a prune or recover stage wrote
+        return inner if not (path / "config.json").exists() and inner.is_dir() else path
+    if path.exists():
+        raise InputError(f"model.id: {model!r} is a file; give the folder that holds config.json")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(f"model.id: there is no folder {model!r}; give a model folder, a hub id "
+                         "such as org/name, or builtin:pico")
+    return _download(model, revision, code)
+
+
+def _download(model: str, revision: str | None, code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*_DOWNLOADED, "*.py"] if code else _DOWNLOADED
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise InputError(f"model.id: {model} asks for its licence to be accepted on the hub; do "
+                         "that, then log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"model.revision: {model} has no revision {revision!r}") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"model.id: {model} is neither a local folder nor in the hub cache, and "
+                         "the hub cannot be reached; use a local folder or builtin:pico") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"model.id: the hub has no model {model}, or it is private; check the id "
+                         "or log in with `hf auth login`") from error
+    except (HfHubHTTPError, OSError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise InputError(f"model.id: {model} could not be downloaded: {line}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that changes when the model does.
+
+    Small files are hashed whole; of a large one the name, size, time and first MiB (which
+    holds the safetensors header) are.
+    """
+    digest = hashlib.sha256()
+    read_config(folder)  # one clear line where this is no model folder
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            if size > _WHOLE_HASH_BYTES:
+                digest.update(str(path.stat().st_mtime_ns).encode())
+                digest.update(file.read(1 << 20))
+            else:
+                digest.update(file.read())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The stages: each a plain function that reads artefacts and writes one folder."""

@@ -1,0 +1,93 @@
+"""Stage `evaluate`: the exported model beside the dense one, on text that neither was scored on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bipdeploy.blocks import compute_device, compute_dtype
+from bipdeploy.calibration import calibration_split, test_split
+from bipdeploy.checkpoint import read_config
+from bipdeploy.data import text, windows
+from bipdeploy.errors import InputError
+from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.families import architecture
+from bipdeploy.figures import compared
+from bipdeploy.modeling import loading
+from bipdeploy.recipe import Recipe
+from bipdeploy.stages.job import Job
+
+OVERLAP_LIMIT = 0.01  # share of 13-grams; a few stock phrases recur in any two texts
+
+
+def run(job: Job) -> None:
+    """Write `evaluate.json` and the perplexity figures."""
+    section = job.recipe.evaluate.perplexity
+    if not section.enabled:
+        job.reporter.total(1)
+        job.write("evaluate.json", {"not_run": "evaluate.perplexity.enabled is false"})
+        return
+    figures, record = measure_perplexity(job)
+    job.write("evaluate.json", record)
+    job.write_figures(figures)
+
+
+def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and protocol of dense and pruned perplexity on the same windows."""
+    recipe, section = job.recipe, job.recipe.evaluate.perplexity
+    folders = {"dense": job.inputs["dense"], "pruned": job.inputs["exported"]}
+    config = read_config(folders["dense"])
+    lengths = {w: window_tokens(w, architecture(config).max_positions) for w in section.windows}
+    source = text.read(section.data, test_split(recipe), section.field)
+    overlap = check_overlap(recipe, source)
+    if overlap > OVERLAP_LIMIT:
+        job.reporter.note(f"{overlap:.1%} of the test text also stands in the calibration text: the "
+                          "pruned model's perplexity is too good; use another text or split")
+    full = windows.token_ids(source, folders["dense"])
+    tokens_per_byte = len(full) / len(source.joined().encode())
+    ids = full[:section.max_tokens]
+    device = compute_device(recipe.model)
+    dtype = compute_dtype(recipe.model, config, device)
+    steps = sum(len(ids) // n for n in lengths.values())
+    job.reporter.total(2 * steps, "windows")
+    results: dict[str, dict] = {}
+    for which, folder in folders.items():
+        model = loading.load_model(folder, dtype, device,
+                                   trust_remote_code=recipe.model.trust_remote_code)
+        results[which] = {w: perplexity(model, ids, n, section.batch, job.reporter.advance)
+                          for w, n in lengths.items()}
+        del model
+    figures = {}
+    for window in section.windows:
+        pair = [results[which][window] for which in ("dense", "pruned")]
+        values = {"perplexity": [p.perplexity for p in pair],
+                  "bits_per_byte": [p.bits_per_byte(tokens_per_byte) for p in pair]}
+        for base, (dense, pruned) in values.items():
+            figures |= compared(f"{base}.{window}", dense, pruned)
+            if window == section.windows[0]:
+                figures |= compared(base, dense, pruned)
+    record = {"protocol": "non-overlapping windows; the first token of each is context only; "
+              "token-level", "data": source.name, "split": source.split,
+              "text_sha256": source.sha256, "overlap_with_calibration": overlap,
+              "dtype": str(dtype), "device": str(device), "tokens_per_byte": tokens_per_byte,
+              "windows": {str(w): {"tokens": n, "predicted": results["dense"][w].tokens}
+                          for w, n in lengths.items()}}
+    return figures, record
+
+
+def window_tokens(window: int | str, max_positions: int) -> int:
+    """A recipe's window in tokens; `max` is the model's maximum, at most 2048."""
+    if isinstance(window, str):
+        return min(2048, max_positions)
+    if window > max_positions:
+        raise InputError(f"evaluate.perplexity.windows: {window} is longer than the model's "
+                         f"maximum of {max_positions}; lower it or write max")
+    return window
+
+
+def check_overlap(recipe: Recipe, test: text.Text) -> float:
+    """Share of the test text that the calibration text of the same recipe also holds."""
+    section = recipe.calibration
+    if (section.data, calibration_split(recipe)) == (test.name, test.split):
+        return 1.0
+    calibration = text.read(section.data, calibration_split(recipe), section.field)
+    return windows.overlap(calibration, test)

@@ -1,0 +1,57 @@
+"""Stage `prune`: from scores to a smaller checkpoint."""
+
+from __future__ import annotations
+
+from bipdeploy import artifacts
+from bipdeploy.allocation import allocate
+from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.errors import InputError
+from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.figures import compared
+from bipdeploy.modeling.formats import pruned_config
+from bipdeploy.slicing import slice_block
+from bipdeploy.stages.job import Job
+from bipdeploy.stages.score import SUMMARY, read_scores
+
+KEPT = "kept.json"
+
+
+def run(job: Job) -> None:
+    """Write `model/` (the sliced checkpoint), `kept.json` and the size figures."""
+    dense = Checkpoint(job.inputs["dense"])
+    arch = architecture(dense.config)
+    scores = read_scores(job.inputs["score"])
+    if len(scores) != len(arch.blocks) or any(
+            (len(s.heads), len(s.ffn)) != (w.kv_heads, w.intermediate)
+            for s, w in zip(scores, arch.blocks, strict=False)):
+        raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
+                         "widths differ; score the model again")
+    summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
+    widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"])
+    job.reporter.total(len(arch.blocks), "blocks")
+    config = pruned_config(dense.config, arch, widths)
+    with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
+        writer.add(dense.tensors(dense.outside_blocks()))
+        for index, choice in enumerate(kept):
+            writer.add(slice_block(dense.block(index), arch, index, choice),
+                       f"model.layers.{index}.")
+            job.reporter.advance()
+    job.write(KEPT, {
+        "ratio": job.recipe.prune.ratio, "layers": job.recipe.prune.layers,
+        "model_type": config["model_type"],
+        "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
+                    "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
+                   for w, k in zip(widths, kept, strict=True)]})
+    job.write_figures(size_figures(arch, widths))
+
+
+def size_figures(arch: Architecture, widths: list[BlockWidths]) -> dict[str, float]:
+    """Parameters and bytes, dense and pruned. Bytes are those of 16-bit weights and cache."""
+    pruned = tuple(widths)
+    blocks = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+    pruned_blocks = sum(arch.block_parameters(i, w) for i, w in enumerate(pruned))
+    cache = sum(2 * w.kv_heads * arch.head_dim * 2 for w in pruned)
+    return {**compared("parameters", arch.parameters(), arch.parameters(pruned)),
+            **compared("block_parameters", blocks, pruned_blocks),
+            **compared("weights_bytes", 2 * arch.parameters(), 2 * arch.parameters(pruned)),
+            **compared("kv_bytes_per_token", arch.kv_bytes_per_token(), cache)}

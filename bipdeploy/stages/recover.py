@@ -1,0 +1,118 @@
+"""Stage `recover`: repair the sliced model. Methods are in `METHODS`; LoRA will be one more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bipdeploy.blocks import Block, BlockWalker
+from bipdeploy.calibration import calibration_batches
+from bipdeploy.checkpoint import CheckpointWriter
+from bipdeploy.refit import RidgeProblem
+from bipdeploy.stages.job import Job
+
+
+def run(job: Job) -> None:
+    """Write `model/` (the repaired checkpoint) and `recover.json`; with `none`, only the latter."""
+    method = job.recipe.recover.method
+    job.write("recover.json", {"method": method, **METHODS[method](job)})
+
+
+def nothing(job: Job) -> dict[str, Any]:
+    """Leave the sliced model as it is: later stages read it from the prune stage."""
+    job.reporter.total(1)
+    return {}
+
+
+@torch.no_grad()
+def refit(job: Job) -> dict[str, Any]:
+    """Sequential least squares to the dense model's block outputs.
+
+    Both models are walked together. The pruned block gets the pruned model's own input, so each
+    refit also repairs the error that earlier blocks let through. Weights are rounded to the
+    checkpoint's type before they are used: later blocks are fitted to what will be served.
+    """
+    recipe, ridge = job.recipe, job.recipe.recover.refit.ridge
+    dense = BlockWalker(job.inputs["dense"], recipe.model)
+    pruned = BlockWalker(job.inputs["sliced"], recipe.model)
+    job.reporter.total(len(dense), "blocks")
+    windows, provenance = calibration_batches(
+        recipe, job.inputs["dense"], dense.architecture.max_positions)
+    tokens = windows[0].shape[1]
+    x_dense = [dense.embed(w) for w in windows]
+    x_pruned = [pruned.embed(w) for w in windows]
+    errors = []
+    source = pruned.checkpoint
+    with CheckpointWriter(job.out / "model", source.config, source.folder) as writer:
+        writer.add(source.tensors(source.outside_blocks()))
+        for index in range(len(dense)):
+            block = pruned.block(index, tokens)
+            stored = source.block(index)
+            x_dense, x_pruned, record = refit_block(
+                dense.block(index, tokens), block, x_dense, x_pruned, ridge,
+                next(iter(stored.values())).dtype)
+            for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+                module, key = getattr(block.layer, part), f"{part}.{name}.weight"
+                if module is not None:
+                    stored[key] = getattr(module, name).weight.to(stored[key].dtype)
+            writer.add(stored, f"model.layers.{index}.")
+            errors.append({"block": index, **record})
+            job.reporter.advance()
+    return {"ridge": ridge, "calibration": provenance, "blocks": errors}
+
+
+def refit_block(dense: Block, pruned: Block, x_dense: list[torch.Tensor],
+                x_pruned: list[torch.Tensor], ridge: float, stored: torch.dtype
+                ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, float]]:
+    """Refit one pruned block in place; x_*: its inputs, batches of [B, T, D].
+
+    Returns the outputs of the dense block, those of the refitted one, and the relative squared
+    error of the block's output before and after. Where the refit would raise that error (it can,
+    when the weights' type is coarse), the block keeps the weights it had.
+    """
+    u_dense = [dense.attention(x).u if dense.has_attention else x for x in x_dense]
+    y_dense = [u + dense.ffn(u) if dense.has_ffn else u for u in u_dense]
+    unrepaired = [pruned(x) for x in x_pruned]
+    energy = sum(float(y.double().square().sum()) for y in y_dense)
+    before = _squared_error(unrepaired, y_dense) / energy
+    original = {name: p.data.clone() for name, p in pruned.layer.named_parameters()
+                if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
+
+    u_pruned = x_pruned
+    if pruned.has_attention:
+        z = [pruned.attention(x).z for x in x_pruned]
+        _solve(pruned.output, z, [u - x for u, x in zip(u_dense, x_pruned, strict=True)],
+               ridge, stored)
+        u_pruned = [x + pruned.output(part) for x, part in zip(x_pruned, z, strict=True)]
+    y_pruned = u_pruned
+    if pruned.has_ffn:
+        h = [gate * up for gate, up in (pruned.ffn_parts(u) for u in u_pruned)]
+        _solve(pruned.down, h, [y - u for y, u in zip(y_dense, u_pruned, strict=True)],
+               ridge, stored)
+        y_pruned = [u + pruned.down(part) for u, part in zip(u_pruned, h, strict=True)]
+    after = _squared_error(y_pruned, y_dense) / energy
+    if not after <= before:
+        for name, weight in original.items():
+            pruned.layer.get_parameter(name).data.copy_(weight)
+        y_pruned, after = unrepaired, before
+    return y_dense, y_pruned, {"error_before": before, "error_after": after}
+
+
+def _solve(projection: torch.nn.Linear, inputs: list[torch.Tensor], targets: list[torch.Tensor],
+           ridge: float, stored: torch.dtype) -> None:
+    """Refit a projection in place, its bias left as it is, rounded to the stored type."""
+    problem = RidgeProblem(projection.weight)
+    bias = projection.bias if projection.bias is not None else 0.0
+    for z, target in zip(inputs, targets, strict=True):
+        problem.see(z, target - bias)
+    weight = problem.solve(ridge).to(stored)
+    projection.weight.data = weight.to(projection.weight.dtype)
+
+
+def _squared_error(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return sum(float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True))
+
+
+METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {"none": nothing, "refit": refit}

@@ -1,0 +1,108 @@
+"""Stage `report`: Markdown and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from bipdeploy import artifacts, summary
+from bipdeploy.stages.job import Job
+from bipdeploy.stages.score import read_scores
+
+TEMPLATES = {"report.md": False, "report.html": True}  # name → escape HTML
+
+
+def run(job: Job) -> None:
+    """Write `report.md`, `report.html`, the plots and `summary.json`."""
+    job.reporter.total(2, "pages")
+    collected = summary.collect(job.inputs)
+    plots = draw(job, collected)
+    for name, data in plots.items():
+        (job.out / f"{name}.png").write_bytes(data)
+    manifests = {name: manifest for name, path in job.inputs.items()
+                 if (manifest := artifacts.read_manifest(path))}
+    context = {
+        "recipe": job.recipe, "environment": artifacts.environment(), "stages": manifests,
+        "plots": {n: base64.b64encode(d).decode() for n, d in plots.items()},
+        "recipe_yaml": yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False),
+        "notes": [f"{name}: {note}" for name, m in manifests.items() for note in m["notes"]],
+        **collected}
+    for name, escape in TEMPLATES.items():
+        environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True,
+                                  lstrip_blocks=True)
+        source = (resources.files("bipdeploy") / "templates" / f"{name}.j2").read_text("utf-8")
+        (job.out / name).write_text(environment.from_string(source).render(**context), "utf-8")
+        job.reporter.advance()
+    job.write("summary.json", {"figures": collected["figures"], "gates": collected["gates"],
+                               "recipe": json.loads(job.recipe.model_dump_json())})
+
+
+def draw(job: Job, collected: dict[str, Any]) -> dict[str, bytes]:
+    """The plots as PNG: kept widths, importance by block, quality and speed."""
+    plots = {}
+    if collected["kept"]:
+        plots["widths"] = _widths(collected["kept"]["blocks"])
+    if (job.inputs["score"] / "scores.safetensors").is_file():
+        plots["importance"] = _importance(job, collected)
+    if any(row.figure.startswith(("perplexity", "prefill")) for row in collected["rows"]):
+        plots["comparison"] = _comparison(collected["figures"])
+    return plots
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(4.6 * columns, 3.2), dpi=110, layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _widths(blocks: list[dict[str, Any]]) -> bytes:
+    figure, axes = _figure(2)
+    for axis, key, title in ((axes[0], "kv_heads", "KV heads kept"),
+                             (axes[1], "intermediate", "FFN channels kept")):
+        axis.bar(range(len(blocks)), [b[key] for b in blocks], color="#3b6ea5")
+        axis.set(title=title, xlabel="block", ylim=(0, None))
+    return _png(figure)
+
+
+def _importance(job: Job, collected: dict[str, Any]) -> bytes:
+    """Each group's score, by block; crosses left with the pruning."""
+    figure, axes = _figure(2)
+    scores = read_scores(job.inputs["score"])
+    kept = collected["kept"]["blocks"] if collected["kept"] else []
+    for axis, part, key, title in ((axes[0], "heads", "kept_groups", "Importance of KV groups"),
+                                   (axes[1], "ffn", "kept_channels", "Importance of channels")):
+        for index, block in enumerate(scores):
+            values = getattr(block, part)
+            staying = set(kept[index][key]) if kept else set(range(len(values)))
+            for chosen, marker, colour in ((True, "o", "#3b6ea5"), (False, "x", "#c44e52")):
+                shown = [v for i, v in enumerate(values) if (i in staying) is chosen]
+                axis.scatter([index + (0 if chosen else 0.25)] * len(shown), shown, marker=marker,
+                             s=9, alpha=0.5, color=colour, linewidths=0.8)
+        axis.set(title=f"{title} (x: removed)", xlabel="block", yscale="log")
+    return _png(figure)
+
+
+def _comparison(figures: dict[str, float]) -> bytes:
+    panels = [(name, title) for name, title in (
+        ("perplexity", "Perplexity (lower is better)"), ("prefill", "Prefill, ms"),
+        ("decode", "Decode, tokens/s")) if f"{name}.dense" in figures]
+    figure, axes = _figure(len(panels))
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        values = [figures[f"{name}.dense"], figures[f"{name}.pruned"]]
+        bars = axis.bar(["dense", "pruned"], values, color=["#8c8c8c", "#3b6ea5"])
+        axis.bar_label(bars, fmt="%.4g")
+        axis.set(title=title)
+    return _png(figure)

@@ -1,0 +1,103 @@
+"""The table a person reads at the end: figures as rows, with units. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bipdeploy import artifacts
+
+
+class Row(NamedTuple):
+    """One line of the comparison; all but `figure` are formatted for reading."""
+
+    figure: str
+    label: str
+    dense: str
+    pruned: str
+    change: str
+    spread: str
+
+
+def _count(value: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for limit, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f} tok/s"
+
+
+# Figure → label and format. Rows appear where the figure was measured.
+_ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "parameters": ("Parameters", _count),
+    "block_parameters": ("  of which in blocks", _count),
+    "weights_bytes": ("Weights, 16 bit", _bytes),
+    "kv_bytes_per_token": ("KV cache per token, 16 bit", _bytes),
+    "prefill": ("Prefill", _ms),
+    "ttft": ("Time to first token", _ms),
+    "decode": ("Decode", _rate),
+    "memory": ("Peak memory", _bytes),
+}
+
+
+def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """The comparison of dense and pruned. `spread`: quartiles by figure name, where measured."""
+    table = []
+    for name, (label, shown) in {**_quality(figures), **_ROWS}.items():
+        if f"{name}.dense" not in figures:
+            continue
+        factor = "speedup" if f"{name}.speedup" in figures else "ratio"
+        quartiles = spread.get(f"{name}.{factor}")
+        table.append(Row(
+            f"{name}.{factor}", label, shown(figures[f"{name}.dense"]),
+            shown(figures[f"{name}.pruned"]),
+            f"{figures[f'{name}.{factor}']:.2f}x" + (" faster" if factor == "speedup" else ""),
+            f"{quartiles['low']:.2f} to {quartiles['high']:.2f}" if quartiles else ""))
+    order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
+    return sorted(table, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
+
+
+def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
+    """Perplexity and bits per byte at each window that was measured."""
+    found: dict[str, tuple[str, Callable[[float], str]]] = {}
+    for base, label, digits in (("perplexity", "Perplexity", 2),
+                                ("bits_per_byte", "Bits per byte", 3)):
+        for name in figures:
+            if name.startswith(f"{base}.") and name.endswith(".dense") and name.count(".") == 2:
+                window = name.split(".")[1]
+                found[f"{base}.{window}"] = (f"{label}, windows of {window}",
+                                             lambda v, d=digits: f"{v:.{d}f}")
+    return found
+
+
+def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Everything that the final table and the report show, from stage folders by name."""
+    figures = artifacts.figures(list(folders.values()))
+    details = {name: _optional(folders.get(stage), file) for name, stage, file in (
+        ("scores", "score", "scores.json"), ("kept", "prune", "kept.json"),
+        ("recover", "recover", "recover.json"), ("export", "export", "export.json"),
+        ("evaluate", "evaluate", "evaluate.json"), ("bench", "bench", "bench.json"),
+        ("gates", "gate", "gates.json"))}
+    spread = (details["bench"] or {}).get("torch", {}).get("spread", {})
+    return {"figures": figures, "rows": rows(figures, spread), **details}
+
+
+def _optional(folder: Path | None, file: str) -> Any:
+    if folder is None or not (folder / file).is_file():
+        return None
+    return artifacts.read_json(folder / file)
