@@ -58,7 +58,7 @@ class AttentionOutput:
 class Block:
     """One decoder layer, split where groups couple: at z (o_proj's input) and h (down_proj's)."""
 
-    def __init__(self, layer: torch.nn.Module, arguments: dict[str, Any]):
+    def __init__(self, layer: Any, arguments: dict[str, Any]):
         self.layer, self._arguments = layer, arguments
 
     @property

@@ -51,20 +51,20 @@ class Checkpoint:
         if not single.is_file():
             pickled = sorted(p.name for p in self.folder.glob("*.bin"))
             if pickled:
-                raise InputError(f"{self.folder} has only pickled weights ({pickled[0]}), which are "
-                                 "not opened; save the model as safetensors first")
+                raise InputError(f"{self.folder} has only pickled weights ({pickled[0]}), which "
+                                 "are not opened; save the model as safetensors first")
             raise InputError(f"{self.folder} has no {SINGLE}")
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Load the named tensors to CPU in their stored type. Raises InputError where one is absent."""
+        """Load tensors by name, to the CPU and as stored. Raises InputError for an absent one."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.files:
                 raise InputError(f"{self.folder}: tensor {name} is missing")
             by_file.setdefault(self.files[name], []).append(name)
-        loaded = {}
+        loaded: dict[str, torch.Tensor] = {}
         for path, wanted in by_file.items():
             with _opened(path) as file:
                 loaded |= {name: file.get_tensor(name) for name in wanted}
@@ -146,7 +146,7 @@ class CheckpointWriter:
         if self._pending:
             self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / final)

@@ -134,7 +134,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads",
                            "intermediate_size", "vocab_size") if config.get(k) is None]
     if missing:
-        raise InputError(f"config.json of this {family.model_type} model lacks {', '.join(missing)}")
+        raise InputError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}")
     heads = config["num_attention_heads"]
     overrides = {int(i): v for i, v in (config.get("per_layer_config") or {}).items()}
     blocks = []

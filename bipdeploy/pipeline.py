@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, sources
-from bipdeploy.allocation import unprotected, uniform_widths
+from bipdeploy.allocation import uniform_widths, unprotected
 from bipdeploy.calibration import calibration_split, test_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.console import Reporter, Silent

@@ -89,7 +89,7 @@ class PruneSection(Section):
         "uniform", description="`uniform`: every unprotected block gets the same widths, and "
         "without protected blocks the result is a stock checkpoint. `global`: groups of all "
         "blocks compete, and widths differ by block.")
-    protect: ProtectSection = Field(default_factory=lambda: ProtectSection())
+    protect: ProtectSection = Field(default_factory=ProtectSection)
     round_to: PositiveInt = Field(
         128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "
         "tiny models.")

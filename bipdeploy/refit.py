@@ -25,9 +25,8 @@ class RidgeProblem:
 
     def __post_init__(self) -> None:
         d, k = self.start_DK.shape
-        options = {"dtype": torch.float64, "device": self.start_DK.device}
-        self.gram_KK = torch.zeros(k, k, **options)
-        self.cross_KD = torch.zeros(k, d, **options)
+        self.gram_KK = self.start_DK.new_zeros((k, k), dtype=torch.float64)
+        self.cross_KD = self.start_DK.new_zeros((k, d), dtype=torch.float64)
 
     def see(self, z_NK: torch.Tensor, target_ND: torch.Tensor) -> None:
         """Take in a batch: inputs of the projection, and what its output should be."""

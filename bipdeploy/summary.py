@@ -75,13 +75,12 @@ def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]
 def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
     """Perplexity and bits per byte at each window that was measured."""
     found: dict[str, tuple[str, Callable[[float], str]]] = {}
-    for base, label, digits in (("perplexity", "Perplexity", 2),
-                                ("bits_per_byte", "Bits per byte", 3)):
+    for base, label, shown in (("perplexity", "Perplexity", "{:.2f}".format),
+                               ("bits_per_byte", "Bits per byte", "{:.3f}".format)):
         for name in figures:
             if name.startswith(f"{base}.") and name.endswith(".dense") and name.count(".") == 2:
                 window = name.split(".")[1]
-                found[f"{base}.{window}"] = (f"{label}, windows of {window}",
-                                             lambda v, d=digits: f"{v:.{d}f}")
+                found[f"{base}.{window}"] = (f"{label}, windows of {window}", shown)
     return found
 
 

@@ -24,34 +24,11 @@ import numpy as np
 
 from bipdeploy.data import pydocs
 
-PACKAGES = """
-numpy scipy pandas scikit-learn scikit-image networkx sympy statsmodels dask distributed xarray
-ipython jupyter-client jupyter-server notebook nbconvert traitlets matplotlib seaborn bokeh altair
-flask werkzeug jinja2 click django djangorestframework sqlalchemy alembic tornado aiohttp requests
-urllib3 httpx starlette fastapi pydantic uvicorn twisted scrapy celery kombu gevent trio anyio
-pytest tox virtualenv nox invoke fabric attrs rich textual sphinx docutils black mypy pylint-plugin-utils
-torch torchvision jax flax optax chex transformers diffusers accelerate peft datasets tokenizers
-huggingface-hub keras lightning torchmetrics timm einops optuna ray mlflow wandb gradio
-nltk spacy thinc gpytorch botorch pyro-ppl numpyro pymc arviz pytensor
-astropy sunpy mne nilearn biopython qiskit cirq-core pennylane geopandas shapely pyproj rasterio
-zarr fsspec h5py joblib cloudpickle numba llvmlite cupy-cuda12x cython
-boto3 botocore azure-core azure-identity azure-storage-blob google-cloud-storage google-api-core
-grpcio protobuf kubernetes apache-airflow-core apache-beam salt prefect dagster luigi
-cryptography pyopenssl pyjwt passlib paramiko-ng authlib oauthlib
-pillow imageio moviepy opencv-python-headless trimesh pyvista plotly-express holoviews panel param
-beautifulsoup4 markdown markdown-it-py mistune pygments babel lark ply parso jedi rope
-streamlit dash wagtail flask-admin peewee mongoengine pymongo redis elasticsearch
-discord-py python-telegram-bot pika confluent-kafka pyzmq websockets
-openai anthropic langchain-core langchain haystack-ai sentence-transformers
-gymnasium stable-baselines3 pettingzoo ale-py dm-control deap
-lifelines pingouin prophet sktime tslearn tsfresh darts gluonts
-control simpy pyomo cvxpy pulp mip ortools casadi
-bleach pyparsing more-itertools toolz cytoolz sortedcontainers pendulum arrow
-homeassistant esphome-dashboard ansible-compat molecule mkdocs mkdocs-material nikola pelican
-""".split()
+PACKAGES = (Path(__file__).parent / "packages.txt").read_text().split()
 
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|Zlib|HPND|Unlicense|Public Domain|PSF|0BSD)", re.I)
 COPYLEFT = re.compile(r"\b(A?L?GPL|Mozilla|MPL|EPL|CeCILL|Proprietary|Non-?Commercial)", re.I)
+SKIPPED = re.compile(r"(^|/)(tests?|_vendor|vendored?|externals)/")
 PER_PACKAGE_CHARS = 3_000_000  # so that no single library's vocabulary dominates
 HELD_OUT = 50  # one document in this many is held out
 VOCABULARY = 4096
@@ -81,7 +58,7 @@ def licence(wheel: zipfile.ZipFile) -> tuple[str, str]:
 def documents(wheel: zipfile.ZipFile) -> list[tuple[str, str]]:
     found = []
     for name in sorted(wheel.namelist()):
-        if not name.endswith(".py") or re.search(r"(^|/)(tests?|_vendor|vendored?|externals)/", name):
+        if not name.endswith(".py") or SKIPPED.search(name):
             continue
         try:
             text = pydocs.docstrings(wheel.read(name).decode("utf-8"), name[:-3].replace("/", "."))

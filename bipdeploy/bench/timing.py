@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -24,7 +24,7 @@ class Spread:
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
-def interleaved(runs: dict[str, Callable[[], dict[str, float]]], repeats: int, warmup: int,
+def interleaved(runs: Mapping[str, Callable[[], dict[str, float]]], repeats: int, warmup: int,
                 advance: Callable[[], None] = lambda: None) -> dict[str, dict[str, list[float]]]:
     """Run every entry once per round, in alternating order: {entry: {measure: [per round]}}.
 
@@ -33,7 +33,7 @@ def interleaved(runs: dict[str, Callable[[], dict[str, float]]], repeats: int, w
     """
     kept: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     for number in range(warmup + repeats):
-        order = list(runs) if number % 2 else list(reversed(runs))
+        order = list(runs)[::1 if number % 2 else -1]
         for name in order:
             for measure, value in runs[name]().items():
                 if number >= warmup:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +45,10 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     generator = torch.Generator().manual_seed(job.recipe.seed)
     ids = torch.randint(config["vocab_size"], (section.batch, section.prompt_tokens),
                         generator=generator).to(device)
-    times = interleaved({which: lambda m=model: generate(m, ids, section.new_tokens)
-                         for which, model in models.items()},
-                        section.repeats, section.warmup, job.reporter.advance)
-    del models
+    runs = {which: partial(generate, model, ids, section.new_tokens)
+            for which, model in models.items()}
+    times = interleaved(runs, section.repeats, section.warmup, job.reporter.advance)
+    del models, runs
     figures, details = summarise(times, section)
     details |= {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads()}
     if section.memory:

@@ -36,7 +36,7 @@ def influence(view: BlockView) -> Scores:
 
 
 def channel_energy(down_DF: torch.Tensor, h_energy_F: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of |dy|^2 when channel k is removed: |Wd[:, k]|^2 * sum_t h[t, k]^2. Exact."""
+    """Sum over tokens of |dy|^2 when channel k leaves, exactly: |Wd[:, k]|^2 * sum_t h[t, k]^2."""
     return down_DF.double().square().sum(0) * h_energy_F
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 SPLITS = ("calibration", "validation", "test")
 
 # Of ten hash buckets: five calibrate, two validate (ridge, early stopping), three test.
@@ -69,9 +71,9 @@ def prose(text: str) -> list[str]:
     return kept
 
 
-def _documented(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.AST]]:
+def _documented(tree: ast.Module, module: str) -> Iterator[tuple[str, Documented]]:
     yield f"module {module}", tree
-    pending: list[tuple[str, ast.AST]] = [("", tree)]
+    pending: list[tuple[str, ast.Module | ast.ClassDef]] = [("", tree)]
     while pending:
         prefix, parent = pending.pop(0)
         for node in ast.iter_child_nodes(parent):

@@ -45,9 +45,9 @@ def draw(ids: torch.Tensor, samples: int, tokens: int, seed: int) -> torch.Tenso
 
     available = len(ids) // tokens
     if available < samples:
-        raise InputError(f"calibration: the text has {len(ids)} tokens, which is {available} windows "
-                         f"of {tokens}; calibration.samples asks for {samples}. Lower samples or "
-                         "tokens, or give a longer text")
+        raise InputError(f"calibration.samples: the text has {len(ids)} tokens, which is "
+                         f"{available} windows of {tokens}, and {samples} are asked for; lower "
+                         "samples or tokens, or give a longer text")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:samples].sort().values
     return ids[:available * tokens].view(available, tokens)[chosen]

@@ -41,8 +41,8 @@ def model_card(checkpoint: Checkpoint, recipe: Recipe, *, per_block: bool) -> st
     arch = architecture(checkpoint.config)
     rows = "\n".join(f"| {i} | {w.heads} | {w.kv_heads} | {w.intermediate} |"
                      for i, w in enumerate(arch.blocks))
-    needs = ("Blocks differ in width, so the folder carries its own model class; where bipdeploy is "
-             "installed, `trust_remote_code` is not needed." if per_block else
+    needs = ("Blocks differ in width, so the folder carries its own model class; where bipdeploy "
+             "is installed, `trust_remote_code` is not needed." if per_block else
              "The folder is a stock checkpoint: every block has the same widths.")
     return _CARD.format(
         base=recipe.model.id, name=recipe.name, share=recipe.prune.ratio,

@@ -40,12 +40,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device, *,
-               trust_remote_code: bool = False) -> torch.nn.Module:
+               trust_remote_code: bool = False) -> Any:
     """A whole model in evaluation mode, as `AutoModelForCausalLM` gives it."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype,
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype,
                                                  trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 

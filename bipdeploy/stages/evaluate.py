@@ -40,8 +40,8 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     source = text.read(section.data, test_split(recipe), section.field)
     overlap = check_overlap(recipe, source)
     if overlap > OVERLAP_LIMIT:
-        job.reporter.note(f"{overlap:.1%} of the test text also stands in the calibration text: the "
-                          "pruned model's perplexity is too good; use another text or split")
+        job.reporter.note(f"{overlap:.1%} of the test text also stands in the calibration text: "
+                          "the pruned model's perplexity is too good; use another text or split")
     full = windows.token_ids(source, folders["dense"])
     tokens_per_byte = len(full) / len(source.joined().encode())
     ids = full[:section.max_tokens]
@@ -56,7 +56,7 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
         results[which] = {w: perplexity(model, ids, n, section.batch, job.reporter.advance)
                           for w, n in lengths.items()}
         del model
-    figures = {}
+    figures: dict[str, float] = {}
     for window in section.windows:
         pair = [results[which][window] for which in ("dense", "pruned")]
         values = {"perplexity": [p.perplexity for p in pair],

@@ -37,9 +37,8 @@ def _judge(name: str, bounds: Bounds, value: float | None) -> Verdict:
     bound = " and ".join(limits)
     if value is None or math.isnan(value):
         return Verdict(name, None, bound, False, "was not measured")
-    for limit, wrong, word in ((bounds.max, bounds.max is not None and value > bounds.max, "above"),
-                               (bounds.min, bounds.min is not None and value < bounds.min, "below")):
-        if wrong and limit is not None:
+    for limit, word, sign in ((bounds.max, "above", 1), (bounds.min, "below", -1)):
+        if limit is not None and sign * (value - limit) > 0:
             by = abs(value - limit)
             share = f" ({by / abs(limit):.1%})" if limit else ""
             return Verdict(name, value, bound, False,

@@ -29,7 +29,7 @@ def run(job: Job) -> None:
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
     scores, agreement = score_blocks(walker, windows, recipe, job)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for index, (heads, ffn) in enumerate(scores):
         tensors |= {f"block.{index}.heads": heads, f"block.{index}.ffn": ffn}
     save_file(tensors, job.out / SCORES)
@@ -96,7 +96,7 @@ def read_scores(folder: Path) -> list[BlockScores]:
     """The scores that the stage wrote, by block. Raises InputError where there are none."""
     path = folder / SCORES if folder.is_dir() else folder
     if not path.is_file():
-        raise InputError(f"{folder} holds no {SCORES}; give the folder that `bipdeploy score` wrote")
+        raise InputError(f"{folder} holds no {SCORES}; give what `bipdeploy score` wrote")
     with safe_open(path, "pt") as file:
         count = len({name.split(".")[1] for name in file.keys()})
         return [BlockScores(file.get_tensor(f"block.{i}.heads").tolist(),
