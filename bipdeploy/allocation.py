@@ -7,7 +7,7 @@ groups of each block at its width. No torch here: scores are plain sequences of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
@@ -55,31 +55,30 @@ def unprotected(arch: Architecture, section: PruneSection) -> list[int]:
 def uniform_widths(arch: Architecture, section: PruneSection) -> list[BlockWidths]:
     """The same share of heads and of channels in every unprotected block.
 
-    KV groups are rounded to the nearest whole; FFN channels then meet the rest of the budget to
-    within one rounding unit.
+    KV groups are rounded to the nearest whole from which FFN channels can meet the rest of the
+    budget; these then meet it to within one rounding unit of every block. Raises InputError where
+    the ratio is more than can be removed.
     """
     inner = unprotected(arch, section)
-    budget = section.ratio * sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    share = budget / sum(_prunable(arch, i, section) for i in inner)
-    if share >= 1:
-        raise _too_much(arch, section, inner)
+    budget, share = _budget(arch, section, inner)
     widths = list(arch.blocks)
-    for i in inner:
-        dense = arch.blocks[i]
-        groups = round(dense.kv_heads * (1 - share)) if section.heads else dense.kv_heads
-        if section.heads and dense.kv_heads and groups == 0:
-            if not section.ffn:
-                raise _too_much(arch, section, inner)
-            groups = 1
-        widths[i] = BlockWidths(groups * dense.group, groups, dense.intermediate)
+    if section.heads:
+        kv = {i: arch.blocks[i].kv_heads for i in inner}
+
+        def groups(fewer: int) -> dict[int, int]:
+            return {i: min(k, max(round(k * (1 - share)) - fewer, min(1, k)))
+                    for i, k in kv.items()}
+
+        most = max(kv.values())
+        fewer = _fitting(0, -most, most, lambda n: _removed(arch, _with_groups(arch, groups(n))),
+                         budget, _ffn_capacity(arch, section, inner))
+        widths = _with_groups(arch, groups(fewer))
     if section.ffn:
         rest = budget - _removed(arch, widths)
         channels = sum(arch.blocks[i].intermediate for i in inner)
         kept_share = 1 - rest / arch.channel_parameters() / channels if channels else 1.0
         for i in inner:
             width = _rounded(arch.blocks[i].intermediate, kept_share, section.round_to)
-            if width <= 0 < arch.blocks[i].intermediate:
-                raise _too_much(arch, section, inner)
             widths[i] = BlockWidths(widths[i].heads, widths[i].kv_heads, width)
     return widths
 
@@ -88,24 +87,25 @@ def global_widths(arch: Architecture, section: PruneSection, scores: Sequence[Bl
                   comparable: bool) -> list[BlockWidths]:
     """Groups of all unprotected blocks compete: heads with heads, channels with channels.
 
-    Each kind gives up the same share of its parameters. Every block keeps at least one KV group
-    and one rounding unit of channels. Scores that are not comparable between blocks are
-    standardised within each block first (zero mean, unit variance; as FLAP does).
+    Each kind gives up the same share of its parameters, as nearly as the budget allows. Every
+    block keeps at least one KV group and one rounding unit of channels. Scores that are not
+    comparable between blocks are standardised within each block first (zero mean, unit variance;
+    as FLAP does). Raises InputError where the ratio is more than can be removed.
     """
     inner = unprotected(arch, section)
-    budget = section.ratio * sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    share = budget / sum(_prunable(arch, i, section) for i in inner)
-    if share >= 1:
-        raise _too_much(arch, section, inner)
-    groups = {i: arch.blocks[i].kv_heads for i in inner}
-    if section.heads:
-        ranked = _ranked({i: scores[i].heads for i in inner}, comparable)
-        for _, i in ranked[:round(share * len(ranked))]:
-            groups[i] = max(groups[i] - 1, min(1, arch.blocks[i].kv_heads))
+    budget, share = _budget(arch, section, inner)
     widths = list(arch.blocks)
-    for i in inner:
-        widths[i] = BlockWidths(groups[i] * arch.blocks[i].group, groups[i],
-                                arch.blocks[i].intermediate)
+    if section.heads:
+        ranked = _removable_groups({i: scores[i].heads for i in inner}, comparable)
+
+        def groups(count: int) -> dict[int, int]:
+            return {i: arch.blocks[i].kv_heads - ranked[:count].count(i) for i in inner}
+
+        wanted = round(share * sum(arch.blocks[i].kv_heads for i in inner))
+        count = _fitting(min(wanted, len(ranked)), 0, len(ranked),
+                         lambda n: _removed(arch, _with_groups(arch, groups(n))), budget,
+                         _ffn_capacity(arch, section, inner))
+        widths = _with_groups(arch, groups(count))
     if section.ffn:
         for i, width in _global_channels(arch, section, scores, inner, comparable,
                                          budget - _removed(arch, widths)).items():
@@ -139,8 +139,6 @@ def _global_channels(arch: Architecture, section: PruneSection, scores: Sequence
             break
         width[i] -= step
         rest -= step * weight
-    if rest > unit * weight:
-        raise _too_much(arch, section, inner)
     return width
 
 
@@ -154,10 +152,31 @@ def _best(scores: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count]))
 
 
-def _ranked(by_block: dict[int, Sequence[float]], comparable: bool) -> list[tuple[float, int]]:
-    """(score, block) of all groups, least important first."""
-    return sorted((score, i) for i, scores in by_block.items()
-                  for score in (scores if comparable else _standardised(scores)))
+def _removable_groups(by_block: dict[int, Sequence[float]], comparable: bool) -> list[int]:
+    """The block of every group that may leave, least important first: all but each block's best."""
+    ranked = sorted((score, i) for i, scores in by_block.items()
+                    for score in sorted(scores if comparable else _standardised(scores))[:-1])
+    return [i for _, i in ranked]
+
+
+def _fitting(start: int, least: int, most: int, removed: Callable[[int], int], budget: float,
+             capacity: int | None) -> int:
+    """The step nearest to `start` from which the FFN can meet the budget; removed(step) grows.
+
+    `capacity` is what the FFN can give up; None where it is not pruned.
+    """
+    if capacity is not None:
+        while start > least and removed(start) > budget:
+            start -= 1
+        while start < most and removed(start) + capacity < budget:
+            start += 1
+    return start
+
+
+def _with_groups(arch: Architecture, groups: dict[int, int]) -> list[BlockWidths]:
+    """The dense widths with other numbers of KV groups in some blocks."""
+    return [BlockWidths(groups[i] * w.group, groups[i], w.intermediate) if i in groups else w
+            for i, w in enumerate(arch.blocks)]
 
 
 def _standardised(scores: Sequence[float]) -> list[float]:
@@ -178,24 +197,40 @@ def _removed(arch: Architecture, widths: Sequence[BlockWidths]) -> int:
 
 
 def _rounded(dense: int, share: float, unit: int) -> int:
-    """The multiple of `unit` nearest to `dense * share`, or `dense` itself where that is nearer."""
+    """The multiple of `unit` nearest to `dense * share`, or `dense` itself where that is nearer.
+
+    At least one unit, or `dense` where that is less.
+    """
     wanted = dense * share
-    multiple = round(wanted / unit) * unit
+    multiple = max(round(wanted / unit), 1) * unit
     if multiple > dense or abs(dense - wanted) < abs(multiple - wanted):
         return dense
     return multiple
 
 
-def _too_much(arch: Architecture, section: PruneSection, inner: list[int]) -> InputError:
-    """The error for a ratio that would leave a block with nothing, with the highest that fits."""
-    floor = sum((arch.kv_group_parameters(i) if section.heads and arch.blocks[i].kv_heads else 0)
-                + (section.round_to * arch.channel_parameters() if section.ffn else 0)
-                for i in inner)
-    most = sum(_prunable(arch, i, section) for i in inner) - floor
+def _ffn_capacity(arch: Architecture, section: PruneSection, inner: list[int]) -> int | None:
+    """Parameters that FFN channels can give up; None where they are not pruned."""
+    if not section.ffn:
+        return None
+    return sum(max(arch.blocks[i].intermediate - section.round_to, 0)
+               for i in inner) * arch.channel_parameters()
+
+
+def _budget(arch: Architecture, section: PruneSection, inner: list[int]) -> tuple[float, float]:
+    """Parameters to remove, and as a share of all that is pruned. Raises InputError for too many.
+
+    Every block keeps one KV group and one rounding unit of channels.
+    """
     total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    highest = max(0.0, most / total)
-    return InputError(
-        f"prune.ratio: {section.ratio:g} would leave a block without heads or FFN channels: "
-        f"{len(inner)} of {len(arch.blocks)} blocks may be pruned, each keeps one KV head and "
-        f"{section.round_to} channels; with these settings at most {int(highest * 1000) / 1000:g} "
-        "can be removed")
+    budget = section.ratio * total
+    most = _ffn_capacity(arch, section, inner) or 0
+    if section.heads:
+        most += sum(max(arch.blocks[i].kv_heads - 1, 0) * arch.kv_group_parameters(i)
+                    for i in inner)
+    if budget > most:
+        raise InputError(
+            f"prune.ratio: {section.ratio:g} would leave a block without heads or FFN channels: "
+            f"{len(inner)} of {len(arch.blocks)} blocks may be pruned, each keeps one KV head and "
+            f"{section.round_to} channels; with these settings at most "
+            f"{int(most / total * 1000) / 1000:g} can be removed")
+    return budget, budget / sum(_prunable(arch, i, section) for i in inner)

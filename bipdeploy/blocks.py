@@ -125,11 +125,12 @@ class BlockWalker:
     def __len__(self) -> int:
         return len(self.architecture.blocks)
 
-    def embed(self, windows: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, D] of token windows [B, T], on the compute device."""
+    def embed(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Hidden states [B, T, D] of batches of token windows [B, T], on the compute device."""
         name = "model.embed_tokens.weight"
         table = self._checked(self.checkpoint.tensors([name]), "")[name]
-        return self._torch.nn.functional.embedding(windows.to(self.device), table)
+        return [self._torch.nn.functional.embedding(windows.to(self.device), table)
+                for windows in batches]
 
     def block(self, index: int, tokens: int) -> Block:
         """Load block `index`, ready for windows of `tokens` tokens."""

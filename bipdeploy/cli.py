@@ -44,8 +44,7 @@ def run(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
                           "failed_gates": result.failed_gates}))
     else:
         screens.show_run(result)
-    judged = "gate" in result.ran + result.reused
-    if judged and result.failed_gates:
+    if result.failed_gates:
         raise GateError("\n".join(f"gate {g['figure']} {g['why']}" for g in result.failed_gates))
 
 
@@ -53,6 +52,8 @@ def run(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML files.")],
           settings: Set = None) -> None:
     """Check recipes without loading anything; every fault is reported at once."""
+    from rich.markup import escape
+
     from bipdeploy import console, recipe_file
     from bipdeploy.errors import InputError
 
@@ -60,7 +61,7 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
     for path in recipes:
         try:
             recipe_file.load(path, settings or [])
-            console.out.print(f"[green]ok[/]  {path}")
+            console.out.print("[green]ok[/] ", escape(str(path)))
         except InputError as error:
             faulty.append(str(error))
     if faulty:
@@ -148,7 +149,7 @@ def _one(name: str, call: Callable, table: bool = False) -> None:
         out = call(api, bar)
     if table:
         screens.show_comparison({name: out})
-    console.out.print(f"wrote {out}")
+    console.out.print(f"wrote {out}", markup=False)
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -60,7 +61,7 @@ class Bar:
     def note(self, text: str) -> None:
         """A warning that the user should read; it is kept in the stage's manifest too."""
         self.notes.append(text)
-        self._progress.console.print(f"[yellow]note[/]  {self._name}: {text}")
+        self._progress.console.print(f"[yellow]note[/]  {self._name}: {escape(text)}")
 
     def done(self) -> None:
         task = self._progress.tasks[self._task]
@@ -80,9 +81,12 @@ def bar(name: str) -> Iterator[Bar]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and hints off the screen; their errors still come through."""
+    """Keep the libraries' own bars, hints and retries off the screen; what they raise comes
+    through."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -69,7 +69,7 @@ Reporting = Callable[[str], AbstractContextManager[Reporter]]
 
 @dataclass
 class RunResult:
-    """What a run did: the folder, the stages it ran and reused, figures, and whether gates held."""
+    """What a run did: the folder, the stages it ran and reused, their figures and failed gates."""
 
     folder: Path
     ran: list[str] = field(default_factory=list)
@@ -77,13 +77,19 @@ class RunResult:
 
     @property
     def figures(self) -> dict[str, float]:
-        return artifacts.figures([self.folder / name for name in STAGES])
+        return artifacts.figures([self.folder / name for name in self.stages])
 
     @property
     def failed_gates(self) -> list[dict[str, Any]]:
-        path = self.folder / "gate" / "gates.json"
-        gates = artifacts.read_json(path)["gates"] if path.exists() else []
+        if "gate" not in self.stages:
+            return []
+        gates = artifacts.read_json(self.folder / "gate" / "gates.json")["gates"]
         return [gate for gate in gates if not gate["passed"]]
+
+    @property
+    def stages(self) -> list[str]:
+        """All that hold for this run; the folder may have older ones that come after."""
+        return [name for name in STAGES if name in self.ran or name in self.reused]
 
 
 def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = None,
@@ -102,18 +108,19 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     _writable(folder)
     result = RunResult(folder)
     keys = {"dense": sources.fingerprint(dense)}
+    for name in STAGES:
+        keys[name] = stage_key(name, recipe, keys)
     rerun = force
     for name in names:
         rerun = rerun or name == start
         inputs = resolve(name, folder, dense)
-        keys[name] = stage_key(name, recipe, keys)
         if not rerun and intact(folder / name, keys[name]):
             result.reused.append(name)
             continue
         with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
             run_stage(name, recipe, inputs, folder / name, keys[name], reporter)
         result.ran.append(name)
-        _write_run_manifest(recipe, folder, dense)
+        _write_run_manifest(recipe, folder, dense, keys)
     return result
 
 
@@ -243,11 +250,13 @@ def _writable(folder: Path) -> None:
                          "--runs")
 
 
-def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path) -> None:
+def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
+                        keys: Mapping[str, str]) -> None:
+    """What the run's folder holds of this recipe; stages that it made outdated are left out."""
     stages = {}
     for name in STAGES:
         manifest = artifacts.read_manifest(folder / name)
-        if manifest:
+        if manifest and manifest.get("key") == keys[name]:
             stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
                                                      "peak_memory_bytes", "notes", "sha256")}
     artifacts.write_json(folder / artifacts.MANIFEST, {

@@ -36,7 +36,7 @@ def parse(text: str, source: str, overrides: list[str] | None = None) -> Recipe:
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if tree is not None:
-            _note_lines(tree, (), lines, faults)
+            _note_lines(tree, (), lines, faults, ())
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -70,8 +70,12 @@ def schema() -> dict[str, Any]:
 
 
 def _note_lines(node: yaml.Node, at: Location, lines: dict[Location, int],
-                faults: list[str]) -> None:
+                faults: list[str], within: tuple[yaml.Node, ...]) -> None:
     """Record the line of every key below `node`; duplicate keys are faults."""
+    if any(node is outer for outer in within):
+        raise yaml.MarkedYAMLError(problem="an alias that stands for what it is part of",
+                                   problem_mark=node.start_mark)
+    within = (*within, node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*at, str(key.value))
@@ -80,11 +84,11 @@ def _note_lines(node: yaml.Node, at: Location, lines: dict[Location, int],
                 faults.append(f"line {line}: {_dotted(here)}: given twice, first on line "
                               f"{lines[here]}; keep one")
             lines[here] = line
-            _note_lines(value, here, lines, faults)
+            _note_lines(value, here, lines, faults, within)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*at, index)] = value.start_mark.line + 1
-            _note_lines(value, (*at, index), lines, faults)
+            _note_lines(value, (*at, index), lines, faults, within)
 
 
 def _override(data: dict, item: str, lines: dict[Location, int]) -> None:
@@ -96,8 +100,9 @@ def _override(data: dict, item: str, lines: dict[Location, int]) -> None:
     except yaml.YAMLError as error:
         raise InputError(f"--set {item!r}: the value is not YAML") from error
     keys = path.strip().split(".")
-    if keys[0] == "gates" and len(keys) > 3:  # the names of figures have dots in them
-        keys = ["gates", ".".join(keys[1:-1]), keys[-1]]
+    if keys[0] == "gates" and len(keys) > 2:  # the names of figures have dots in them
+        bound = [] if isinstance(value, dict) else [keys.pop()]
+        keys = ["gates", ".".join(keys[1:]), *bound]
     section = data
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(section.get(key), dict):
@@ -124,6 +129,8 @@ def _explain(detail: Any, lines: dict[Location, int]) -> list[str]:
     if kind == "value_error":
         return [_with_line(line, lines) if line.startswith("gates.")
                 else f"{prefix}{name + ': ' if name else ''}{line}" for line in message.split("\n")]
+    if kind == "model_type":
+        message = f"this is a section, with the fields {', '.join(_fields(at))}"
     return [f"{prefix}{name}: {_shown(detail['input'])} is not accepted: {message[0].lower()}"
             f"{message[1:]}"]
 
@@ -137,7 +144,7 @@ def _with_line(line: str, lines: dict[Location, int]) -> str:
 def _fields(at: Location) -> list[str]:
     """The field names of the section at a location."""
     section: Any = Recipe
-    for part in at:
+    for part in ("gates",) if at[:1] == ("gates",) else at:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = [annotation, *get_args(annotation)]
         section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)),

@@ -9,15 +9,14 @@ from typing import Any
 from rich.table import Table
 
 from bipdeploy import console, summary
-from bipdeploy.pipeline import STAGES, RunResult
+from bipdeploy.pipeline import RunResult
 
 
 def show_run(result: RunResult) -> None:
     """The comparison, the gates, and the paths of what was made."""
     if result.reused:
         console.err.print(f"reused, nothing changed: {', '.join(result.reused)}")
-    folders = {name: result.folder / name for name in STAGES
-               if name in result.ran + result.reused}
+    folders = {name: result.folder / name for name in result.stages}
     show_comparison(folders)
     gates = summary.collect(folders)["gates"]
     if gates and gates["gates"]:
@@ -25,7 +24,7 @@ def show_run(result: RunResult) -> None:
     for label, path in (("model", "export/transformers"), ("report", "report/report.html"),
                         ("manifest", "manifest.json")):
         if path.split("/")[0] in folders or path == "manifest.json":
-            console.out.print(f"{label:<9} {result.folder / path}")
+            console.out.print(f"{label:<9} {result.folder / path}", markup=False)
 
 
 def show_comparison(folders: Mapping[str, Path]) -> None:

@@ -45,6 +45,7 @@ def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: i
     """The same choice at full width: columns of o and down of the groups that leave are zero.
 
     The definition that `slice_block` must agree with: removing a group is zeroing what it adds.
+    Where nothing of a part is kept, its output bias is zero too: the whole part adds nothing.
     """
     family, widths = arch.family, arch.blocks[block]
     masked = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -55,6 +56,9 @@ def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: i
             gone = torch.ones(masked[name].shape[1], dtype=torch.bool)
             gone[indices] = False
             masked[name][:, gone] = 0
+            bias = f"{name.removesuffix('weight')}bias"
+            if gone.all() and bias in masked:
+                masked[bias].zero_()
     return masked
 
 

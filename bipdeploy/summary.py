@@ -39,7 +39,7 @@ def _ms(value: float) -> str:
 
 
 def _rate(value: float) -> str:
-    return f"{value:.1f} tok/s"
+    return f"{value:.1f} tok/s" if value < 1000 else f"{value:.0f} tok/s"
 
 
 # Figure → label and format. Rows appear where the figure was measured.
@@ -47,7 +47,7 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "parameters": ("Parameters", _count),
     "block_parameters": ("  of which in blocks", _count),
     "weights_bytes": ("Weights, 16 bit", _bytes),
-    "kv_bytes_per_token": ("KV cache per token, 16 bit", _bytes),
+    "kv_bytes_per_token": ("KV cache/token, 16 bit", _bytes),
     "prefill": ("Prefill", _ms),
     "ttft": ("Time to first token", _ms),
     "decode": ("Decode", _rate),
@@ -66,7 +66,7 @@ def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]
         table.append(Row(
             f"{name}.{factor}", label, shown(figures[f"{name}.dense"]),
             shown(figures[f"{name}.pruned"]),
-            f"{figures[f'{name}.{factor}']:.2f}x" + (" faster" if factor == "speedup" else ""),
+            f"{figures[f'{name}.{factor}']:.2f}x" + (" as fast" if factor == "speedup" else ""),
             f"{quartiles['low']:.2f} to {quartiles['high']:.2f}" if quartiles else ""))
     order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
     return sorted(table, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
@@ -76,11 +76,11 @@ def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[flo
     """Perplexity and bits per byte at each window that was measured."""
     found: dict[str, tuple[str, Callable[[float], str]]] = {}
     for base, label, shown in (("perplexity", "Perplexity", "{:.2f}".format),
-                               ("bits_per_byte", "Bits per byte", "{:.3f}".format)):
+                               ("bits_per_byte", "Bits/byte", "{:.3f}".format)):
         for name in figures:
             if name.startswith(f"{base}.") and name.endswith(".dense") and name.count(".") == 2:
                 window = name.split(".")[1]
-                found[f"{base}.{window}"] = (f"{label}, windows of {window}", shown)
+                found[f"{base}.{window}"] = (f"{label}, window {window}", shown)
     return found
 
 

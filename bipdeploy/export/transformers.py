@@ -57,7 +57,7 @@ def logits_difference(job: Job, source: Path, written: Path) -> float:
     tokens = min(PROBE_TOKENS, walker.architecture.max_positions)
     generator = torch.Generator().manual_seed(job.recipe.seed)
     ids = torch.randint(walker.architecture.vocabulary, (1, tokens), generator=generator)
-    hidden = walker.embed(ids)
+    hidden = walker.embed([ids])[0]
     for block in walker.blocks(tokens):
         hidden = block(hidden)
     model = loading.load_model(written, walker.dtype, walker.device)

@@ -41,8 +41,7 @@ def refit(job: Job) -> dict[str, Any]:
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], dense.architecture.max_positions)
     tokens = windows[0].shape[1]
-    x_dense = [dense.embed(w) for w in windows]
-    x_pruned = [pruned.embed(w) for w in windows]
+    x_dense, x_pruned = dense.embed(windows), pruned.embed(windows)
     errors = []
     source = pruned.checkpoint
     with CheckpointWriter(job.out / "model", source.config, source.folder) as writer:

@@ -50,7 +50,7 @@ def score_blocks(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recip
     criterion = CRITERIA[recipe.score.criterion]
     function, needs = criterion.load(), criterion.statistics(recipe.score.propagation)
     generator = torch.Generator().manual_seed(recipe.seed)
-    hidden = [walker.embed(w) for w in windows]
+    hidden = walker.embed(windows)
     scores, agreement = [], []
     for index, block in enumerate(walker.blocks(windows[0].shape[1])):
         widths = walker.architecture.blocks[index]

@@ -1,0 +1,100 @@
+"""Per-block models for vLLM: its own layers, each built from its own `per_layer_config` entry.
+
+Imported by vLLM only, through `vllm_plugin`. Weights load with vLLM's stock loaders, and a block
+without attention keeps no KV cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
+from vllm.model_executor.models.utils import extract_layer_index
+
+
+class PerBlockLayer:
+    """Mixin of a decoder layer: its own widths, and parts that may be absent."""
+
+    self_attn: Any
+    mlp: Any
+
+    def _remove_parts(self, own: Any, prefix: str) -> None:
+        skipped = set(getattr(own, "skip", None) or ())
+        if "attention" in skipped:
+            # Building the attention registered a KV cache for it.
+            context = get_current_vllm_config().compilation_config.static_forward_context
+            context.pop(f"{prefix}.self_attn.attn")
+            self.self_attn = self.input_layernorm = None
+        if "mlp" in skipped:
+            self.mlp = self.post_attention_layernorm = None
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor,
+                residual: torch.Tensor | None, **_: Any) -> tuple[torch.Tensor, Any]:
+        if self.self_attn is not None:
+            hidden_states, residual = _add_and_norm(self.input_layernorm, hidden_states, residual)
+            hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
+        if self.mlp is not None:
+            hidden_states, residual = _add_and_norm(self.post_attention_layernorm, hidden_states,
+                                                    residual)
+            hidden_states = self.mlp(hidden_states)
+        return hidden_states, residual
+
+
+def _add_and_norm(norm: Any, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> Any:
+    """vLLM's fused residual addition and RMSNorm; before the first one there is no residual."""
+    if residual is None:
+        return norm(hidden_states), hidden_states
+    return norm(hidden_states, residual)
+
+
+def _own(config: Any, prefix: str) -> Any:
+    index = extract_layer_index(prefix)
+    return config.per_layer_config[index] if config.is_heterogeneous else config
+
+
+class PerBlockLlamaLayer(PerBlockLayer, LlamaDecoderLayer):
+    def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None):
+        own = _own(config or vllm_config.model_config.hf_config, prefix)
+        LlamaDecoderLayer.__init__(self, vllm_config, prefix, own)
+        self._remove_parts(own, prefix)
+
+
+class PerBlockQwen2Layer(PerBlockLayer, Qwen2DecoderLayer):
+    def __init__(self, config: Any, cache_config: Any = None, quant_config: Any = None,
+                 prefix: str = ""):
+        own = _own(config, prefix)
+        Qwen2DecoderLayer.__init__(self, own, cache_config, quant_config, prefix)
+        self._remove_parts(own, prefix)
+
+
+class PerBlockQwen3Layer(PerBlockLayer, Qwen3DecoderLayer):
+    def __init__(self, config: Any, cache_config: Any = None, quant_config: Any = None,
+                 prefix: str = ""):
+        own = _own(config, prefix)
+        Qwen3DecoderLayer.__init__(self, own, cache_config, quant_config, prefix)
+        self._remove_parts(own, prefix)
+
+
+class BipdeployLlamaForCausalLM(LlamaForCausalLM):
+    def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
+        return LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=PerBlockLlamaLayer)
+
+
+class BipdeployMistralForCausalLM(BipdeployLlamaForCausalLM):
+    """The same layers; vLLM takes the sliding window from the cache configuration."""
+
+
+class BipdeployQwen2ForCausalLM(LlamaForCausalLM):
+    def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
+        return Qwen2Model(vllm_config=vllm_config, prefix=prefix,
+                          decoder_layer_type=PerBlockQwen2Layer)
+
+
+class BipdeployQwen3ForCausalLM(LlamaForCausalLM):
+    def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
+        return Qwen2Model(vllm_config=vllm_config, prefix=prefix,
+                          decoder_layer_type=PerBlockQwen3Layer)

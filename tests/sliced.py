@@ -1,0 +1,72 @@
+"""Slicing a tiny model by a choice of groups, and the masked dense model that it must equal."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bipdeploy.allocation import Kept
+from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.modeling.formats import pruned_config
+from bipdeploy.modeling.loading import load_model
+from bipdeploy.slicing import mask_block, slice_block
+from tests.tiny import VOCABULARY
+
+CPU = torch.device("cpu")
+
+
+def architecture_of(folder: Path) -> Architecture:
+    return architecture(Checkpoint(folder).config)
+
+
+def token_windows(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, tokens), generator=generator)
+
+
+def draw_kept(arch: Architecture, widths: list[tuple[int, int]], seed: int = 0) -> list[Kept]:
+    """A random choice with the given (KV groups, channels) per block."""
+    draw = random.Random(seed)
+    return [Kept(tuple(sorted(draw.sample(range(dense.kv_heads), groups))),
+                 tuple(sorted(draw.sample(range(dense.intermediate), channels))))
+            for dense, (groups, channels) in zip(arch.blocks, widths, strict=True)]
+
+
+def widths_of(arch: Architecture, kept: list[Kept]) -> list[BlockWidths]:
+    return [BlockWidths(len(k.groups) * dense.group, len(k.groups), len(k.channels))
+            for dense, k in zip(arch.blocks, kept, strict=True)]
+
+
+def write_sliced(source: Path, folder: Path, kept: list[Kept]) -> Path:
+    """The checkpoint of `source` with only the kept groups, as the prune stage writes it."""
+    dense, arch = Checkpoint(source), architecture_of(source)
+    config = pruned_config(dense.config, arch, widths_of(arch, kept))
+    with CheckpointWriter(folder, config, source) as writer:
+        writer.add(dense.tensors(dense.outside_blocks()))
+        for index, choice in enumerate(kept):
+            writer.add(slice_block(dense.block(index), arch, index, choice),
+                       f"model.layers.{index}.")
+    return folder
+
+
+def masked_model(source: Path, kept: list[Kept]) -> Any:
+    """The dense model with the groups that leave masked: the definition of pruning."""
+    dense, arch = Checkpoint(source), architecture_of(source)
+    model = load_model(source, torch.float32, CPU)
+    for index, choice in enumerate(kept):
+        layer = model.model.layers[index]
+        layer.load_state_dict(mask_block(dense.block(index), arch, index, choice))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits
+
+
+def loaded(folder: Path) -> Any:
+    return load_model(folder, torch.float32, CPU)

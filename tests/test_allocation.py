@@ -1,0 +1,323 @@
+"""Allocation: the ratio is met to a rounding unit, or refused with the highest that can be met."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+
+from bipdeploy.allocation import (
+    BlockScores,
+    Kept,
+    allocate,
+    global_widths,
+    keep,
+    uniform_widths,
+    unprotected,
+)
+from bipdeploy.errors import InputError
+from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.modeling.formats import pruned_config
+from bipdeploy.recipe import PruneSection
+
+
+def sizes(hidden: int, channels: int, heads: int, kv_heads: int, blocks: int, **more) -> dict:
+    return {"model_type": "llama", "hidden_size": hidden, "intermediate_size": channels,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "num_hidden_layers": blocks, "vocab_size": 100, **more}
+
+
+def already_pruned() -> Architecture:
+    dense = sizes(64, 96, 4, 4, 5, head_dim=32)
+    widths = [BlockWidths(4, 4, 96), BlockWidths(2, 2, 40), BlockWidths(0, 0, 64),
+              BlockWidths(4, 4, 0), BlockWidths(1, 1, 72)]
+    return architecture(pruned_config(dense, architecture(dense), widths))
+
+
+ARCHITECTURES = {
+    "heavy-heads": architecture(sizes(64, 96, 4, 2, 3, head_dim=32)),
+    "heavy-heads-mha": architecture(sizes(64, 96, 4, 4, 3, head_dim=32)),
+    "biases": architecture(sizes(64, 96, 4, 2, 3, head_dim=32, attention_bias=True,
+                                 mlp_bias=True)),
+    "pico": architecture(sizes(64, 172, 8, 4, 5)),
+    "odd-channels": architecture(sizes(256, 683, 8, 8, 8)),
+    "one-kv-head": architecture(sizes(256, 688, 8, 1, 6)),
+    "qwen2-0.5b": architecture(sizes(896, 4864, 14, 2, 24)),
+    "llama-7b": architecture(sizes(4096, 11008, 32, 32, 32)),
+    "llama3-8b": architecture(sizes(4096, 14336, 32, 8, 32)),
+    "already-pruned": already_pruned(),
+}
+RATIOS = [0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.37, 0.5, 0.66, 0.8, 0.95]
+PARTS = {"both": (True, True), "heads": (True, False), "ffn": (False, True)}
+
+
+def section(ratio: float, layers: str = "uniform", *, round_to: int = 8, parts: str = "both",
+            first: int = 0, last: int = 0) -> PruneSection:
+    heads, ffn = PARTS[parts]
+    return PruneSection.model_validate({
+        "ratio": ratio, "layers": layers, "round_to": round_to, "heads": heads, "ffn": ffn,
+        "protect": {"first": first, "last": last}})
+
+
+def draw_scores(arch: Architecture, seed: int = 0) -> list[BlockScores]:
+    """Scores whose scale differs between blocks, so that a global ranking is far from even."""
+    draw = random.Random(seed)
+    scales = [draw.uniform(0.2, 2) for _ in arch.blocks]
+    return [BlockScores([scale * draw.random() for _ in range(w.kv_heads)],
+                        [scale * draw.random() for _ in range(w.intermediate)])
+            for scale, w in zip(scales, arch.blocks, strict=True)]
+
+
+def flat_scores(arch: Architecture) -> list[BlockScores]:
+    return [BlockScores([1.0] * w.kv_heads, [1.0] * w.intermediate) for w in arch.blocks]
+
+
+def all_parameters(arch: Architecture) -> int:
+    return sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+
+
+def removed(arch: Architecture, widths: list[BlockWidths]) -> int:
+    return sum(arch.block_parameters(i) - arch.block_parameters(i, w)
+               for i, w in enumerate(widths))
+
+
+def rounding_unit(arch: Architecture, asked: PruneSection) -> int:
+    """Parameters of one rounding step: `round_to` channels, or a KV group where FFNs stay.
+
+    A uniform step is taken in every unprotected block, a global one in a single block.
+    """
+    step = (asked.round_to * arch.channel_parameters() if asked.ffn
+            else max(arch.kv_group_parameters(i) for i in unprotected(arch, asked)))
+    return step * (len(unprotected(arch, asked)) if asked.layers == "uniform" else 1)
+
+
+def most(arch: Architecture, asked: PruneSection) -> int:
+    """What is removed where every unprotected block keeps one KV group and one rounding unit."""
+    widths = list(arch.blocks)
+    for i in unprotected(arch, asked):
+        w = arch.blocks[i]
+        groups = min(1, w.kv_heads) if asked.heads else w.kv_heads
+        channels = min(asked.round_to, w.intermediate) if asked.ffn else w.intermediate
+        widths[i] = BlockWidths(groups * w.group, groups, channels)
+    return removed(arch, widths)
+
+
+def stated_maximum(error: InputError) -> float:
+    found = re.search(r"at most ([\d.]+) can be removed", str(error))
+    assert found
+    return float(found[1])
+
+
+def every_case(arch: Architecture, layers: str) -> list[PruneSection]:
+    return [section(ratio, layers, round_to=unit, parts=parts, first=first, last=last)
+            for ratio, unit, parts, (first, last) in itertools.product(
+                RATIOS, (1, 8, 32, 128), PARTS, ((0, 0), (1, 1), (2, 0)))]
+
+
+def outcomes(arch: Architecture, layers: str) -> list[tuple[PruneSection, list[BlockWidths]]]:
+    """All cases that are not refused, with their widths."""
+    found = []
+    for asked in every_case(arch, layers):
+        try:
+            widths, _ = allocate(arch, asked, draw_scores(arch), comparable=True)
+        except InputError:
+            continue
+        found.append((asked, widths))
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def arch(request) -> Architecture:
+    return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(scope="module", params=["uniform", "global"])
+def layers(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cases(arch, layers) -> list[tuple[PruneSection, list[BlockWidths]]]:
+    return outcomes(arch, layers)
+
+
+def test_the_ratio_is_met_within_one_rounding_unit(arch, cases):
+    for asked, widths in cases:
+        miss = removed(arch, widths) - asked.ratio * all_parameters(arch)
+        assert abs(miss) <= rounding_unit(arch, asked), asked
+
+
+def test_widths_never_grow_and_never_vanish(arch, cases):
+    for asked, widths in cases:
+        for dense, own in zip(arch.blocks, widths, strict=True):
+            assert min(1, dense.kv_heads) <= own.kv_heads <= dense.kv_heads, asked
+            assert min(1, dense.intermediate) <= own.intermediate <= dense.intermediate, asked
+
+
+def test_ffn_widths_are_multiples_or_dense(arch, cases):
+    for asked, widths in cases:
+        for dense, own in zip(arch.blocks, widths, strict=True):
+            assert own.intermediate in (0, dense.intermediate) or (
+                own.intermediate % asked.round_to == 0), asked
+
+
+def test_query_heads_leave_with_their_kv_head(arch, cases):
+    for asked, widths in cases:
+        for dense, own in zip(arch.blocks, widths, strict=True):
+            assert own.heads == own.kv_heads * dense.group, asked
+
+
+def test_protected_blocks_and_parts_stay_dense(arch, cases):
+    for asked, widths in cases:
+        for i, (dense, own) in enumerate(zip(arch.blocks, widths, strict=True)):
+            if i not in unprotected(arch, asked):
+                assert own == dense, asked
+            if not asked.heads:
+                assert own.kv_heads == dense.kv_heads, asked
+            if not asked.ffn:
+                assert own.intermediate == dense.intermediate, asked
+
+
+def test_uniform_widths_are_equal_in_all_unprotected_blocks(arch):
+    if not arch.uniform:
+        pytest.skip("blocks of different dense widths cannot have equal ones")
+    for asked, widths in outcomes(arch, "uniform"):
+        assert len({widths[i] for i in unprotected(arch, asked)}) == 1, asked
+
+
+def test_a_ratio_is_refused_only_where_it_is_out_of_reach(arch, layers):
+    for asked in every_case(arch, layers):
+        feasible = asked.ratio * all_parameters(arch) <= most(arch, asked)
+        try:
+            allocate(arch, asked, draw_scores(arch), comparable=True)
+        except InputError as error:
+            assert not feasible, asked
+            assert str(error).startswith("prune.ratio: ")
+        else:
+            assert feasible, asked
+
+
+def test_the_maximum_that_a_refusal_states_is_the_true_one(arch, layers):
+    refused = 0
+    for asked in every_case(arch, layers):
+        if asked.ratio < 0.95:
+            continue
+        with pytest.raises(InputError, match=r"prune\.ratio") as caught:
+            allocate(arch, asked, draw_scores(arch), comparable=True)
+        stated = stated_maximum(caught.value)
+        true = most(arch, asked) / all_parameters(arch)
+        assert true - 0.001 <= stated <= true
+        if stated > 0.01:
+            below = asked.model_copy(update={"ratio": stated - 0.001})
+            allocate(arch, below, draw_scores(arch), comparable=True)
+            refused += 1
+    assert refused
+
+
+def test_protection_that_leaves_nothing_is_refused(layers):
+    arch = ARCHITECTURES["pico"]
+    with pytest.raises(InputError, match=r"prune\.protect.*no block of 5"):
+        allocate(arch, section(0.1, layers, first=3, last=2), draw_scores(arch), comparable=True)
+
+
+def test_heads_of_a_single_kv_head_cannot_be_pruned_alone(layers):
+    arch = ARCHITECTURES["one-kv-head"]
+    with pytest.raises(InputError, match="at most 0 can be removed"):
+        allocate(arch, section(0.1, layers, parts="heads"), draw_scores(arch), comparable=True)
+
+
+def test_a_higher_ratio_removes_no_less(arch, layers):
+    scores = draw_scores(arch)
+    last = 0
+    for percent in range(2, 60, 2):
+        try:
+            widths, _ = allocate(arch, section(percent / 100, layers), scores, comparable=True)
+        except InputError:
+            break
+        assert removed(arch, widths) >= last
+        last = removed(arch, widths)
+    assert last > 0
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+def test_equal_scores_make_a_global_choice_nearly_uniform_in_total(arch, comparable):
+    asked = section(0.2, "global")
+    widths = global_widths(arch, asked, flat_scores(arch), comparable=comparable)
+    miss = removed(arch, widths) - 0.2 * all_parameters(arch)
+    assert abs(miss) <= rounding_unit(arch, asked)
+
+
+def test_global_pruning_spares_the_blocks_with_high_scores():
+    arch = ARCHITECTURES["pico"]
+    scores = [BlockScores([i + 1.0] * w.kv_heads, [i + 1.0] * w.intermediate)
+              for i, w in enumerate(arch.blocks)]
+    widths = global_widths(arch, section(0.3, "global"), scores, comparable=True)
+    assert [w.kv_heads for w in widths] == sorted(w.kv_heads for w in widths)
+    assert [w.intermediate for w in widths] == sorted(w.intermediate for w in widths)
+    assert (widths[0].kv_heads, widths[0].intermediate) == (1, 8)
+    assert widths[-1] == arch.blocks[-1]
+
+
+def test_scores_that_are_not_comparable_are_standardised():
+    arch = ARCHITECTURES["pico"]
+    scores = draw_scores(arch)
+    rescaled = [BlockScores([10.0 ** i * s + i for s in b.heads],
+                            [10.0 ** i * s + i for s in b.ffn]) for i, b in enumerate(scores)]
+    asked = section(0.3, "global")
+    plain = global_widths(arch, asked, scores, comparable=False)
+    assert global_widths(arch, asked, rescaled, comparable=False) == plain
+    assert global_widths(arch, asked, rescaled, comparable=True) != plain
+
+
+@pytest.mark.parametrize("comparable", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_block_with_higher_scores_is_cut_no_more(arch, seed, comparable):
+    draw = random.Random(seed)
+    scores = draw_scores(arch, seed)
+    raised = draw.randrange(len(scores))
+    lift = draw.uniform(0, 2)
+    # Where blocks are standardised, only a change of scale and offset leaves the order alone.
+    noise = 1.0 if comparable else 0.0
+    higher = list(scores)
+    higher[raised] = BlockScores(
+        [s + lift + noise * draw.random() for s in scores[raised].heads],
+        [s + lift + noise * draw.random() for s in scores[raised].ffn])
+    for ratio, unit in itertools.product((0.1, 0.3, 0.5), (1, 8, 32)):
+        asked = section(ratio, "global", round_to=unit)
+        try:
+            before = global_widths(arch, asked, scores, comparable=comparable)[raised]
+        except InputError:
+            continue
+        after = global_widths(arch, asked, higher, comparable=comparable)[raised]
+        assert after.kv_heads >= before.kv_heads
+        assert after.intermediate >= before.intermediate
+
+
+def test_keep_takes_the_best():
+    scores = BlockScores([0.3, 0.1, 0.9, 0.5], [5.0, -1.0, 4.0, 0.0, 7.0, 6.0])
+    assert keep(scores, BlockWidths(4, 2, 3)) == Kept((2, 3), (0, 4, 5))
+    assert keep(scores, BlockWidths(0, 0, 0)) == Kept((), ())
+    assert keep(scores, BlockWidths(8, 4, 6)) == Kept((0, 1, 2, 3), (0, 1, 2, 3, 4, 5))
+
+
+def test_keep_gives_ties_to_the_lower_index():
+    scores = BlockScores([1.0, 2.0, 1.0, 1.0], [0.0] * 6)
+    assert keep(scores, BlockWidths(3, 3, 4)) == Kept((0, 1, 2), (0, 1, 2, 3))
+
+
+def test_allocate_keeps_as_many_as_the_widths_say(arch, layers):
+    widths, kept = allocate(arch, section(0.2, layers), draw_scores(arch), comparable=True)
+    for scores, own, choice in zip(draw_scores(arch), widths, kept, strict=True):
+        assert (len(choice.groups), len(choice.channels)) == (own.kv_heads, own.intermediate)
+        for values, chosen in ((scores.heads, choice.groups), (scores.ffn, choice.channels)):
+            left = [s for i, s in enumerate(values) if i not in chosen]
+            assert not left or not chosen or max(left) <= min(values[i] for i in chosen)
+
+
+def test_uniform_widths_need_no_scores(arch):
+    asked = section(0.2)
+    widths, _ = allocate(arch, asked, draw_scores(arch), comparable=True)
+    assert uniform_widths(arch, asked) == widths

@@ -1,0 +1,355 @@
+"""Bad input: one clear line, the right exit code, nothing half-written, earlier stages kept."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bipdeploy.pipeline import STAGES
+from tests.running import SMOKE, bipdeploy, leftovers, message
+from tests.tiny import PICO
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
+    """The one line that a failed command shows, which holds all of `words`."""
+    lines = message(done)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    return lines[0]
+
+
+def run(runs: Path, *overrides: str, **options) -> subprocess.CompletedProcess[str]:
+    """`bipdeploy run recipes/smoke.yaml --runs RUNS` with overrides."""
+    settings = [part for override in overrides for part in ("--set", override)]
+    return bipdeploy("run", SMOKE, "--runs", runs, *settings, **options)
+
+
+def stages(runs: Path) -> list[str]:
+    """The stages that have a folder in the smoke run; fails where one is half-written."""
+    assert leftovers(runs) == []
+    for folder in (runs / "smoke").iterdir():
+        assert folder.name == "manifest.json" or (folder / "manifest.json").is_file(), folder
+    return [name for name in STAGES if (runs / "smoke" / name).is_dir()]
+
+
+@pytest.fixture
+def words(tmp_path) -> Path:
+    """A calibration text that is read in no time: 40 windows of 64 tokens."""
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"The value of item {n} is not a list." for n in range(400)))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A copy of the built-in model, to be damaged."""
+    return shutil.copytree(PICO, tmp_path / "model")
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# The model
+
+def test_a_missing_model_folder(tmp_path):
+    refused(run(tmp_path, "model.id=./nowhere"), 2, "model.id", "./nowhere", "no folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_built_in_model(tmp_path):
+    refused(run(tmp_path, "model.id=builtin:pica"), 2, "model.id", "did you mean 'pico'?")
+
+
+def test_a_model_that_is_a_file(tmp_path):
+    refused(run(tmp_path, f"model.id={PICO / 'config.json'}"), 2, "model.id", "is a file")
+
+
+def test_a_hub_model_without_the_hub(tmp_path):
+    done = run(tmp_path, "model.id=org/name", env={"HF_HOME": str(tmp_path / "hub")})
+    refused(done, 2, "model.id", "org/name", "hub cannot be reached", "builtin:pico")
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    refused(run(tmp_path / "runs", f"model.id={tmp_path}"), 2, str(tmp_path), "no config.json")
+
+
+def test_a_config_that_is_not_json(tmp_path, model):
+    (model / "config.json").write_text('{"model_type": "lla')
+    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "config.json cannot be read")
+
+
+def test_a_model_type_without_a_family(tmp_path, model):
+    edit_config(model, model_type="gpt2")
+    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "model_type 'gpt2' has no family",
+            "llama", "qwen3")
+    assert not (tmp_path / "runs" / "smoke" / "score").exists()
+
+
+def test_a_model_type_that_is_almost_a_family(tmp_path, model):
+    edit_config(model, model_type="qwen4")
+    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "did you mean 'qwen")
+
+
+def test_a_config_without_a_size(tmp_path, model):
+    edit_config(model, intermediate_size=None)
+    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "lacks intermediate_size")
+
+
+def test_pickled_weights_are_not_opened(tmp_path, model, words):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+            "only pickled weights (pytorch_model.bin)", "safetensors")
+
+
+def test_no_weights(tmp_path, model, words):
+    (model / "model.safetensors").unlink()
+    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+            "has no model.safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 5, 3000, 1_000_000])
+def test_a_cut_off_safetensors_file(tmp_path, model, words, size):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+            str(path), "damaged or truncated", "copy it again")
+    assert stages(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight",
+                                    "model.layers.3.mlp.up_proj.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_in_the_weights_that_is_not_finite(tmp_path, model, words, tensor, value):
+    weights = load_file(model / "model.safetensors")
+    weights[tensor][7, 11] = value
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+            f"tensor {tensor} holds NaN or infinite values")
+    assert stages(tmp_path / "runs") == []
+
+
+def test_a_tensor_that_is_missing(tmp_path, model, words):
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.2.self_attn.k_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+            "model.layers.2.self_attn.k_proj.weight is missing")
+
+
+def test_a_tensor_of_another_shape(tmp_path, model, words):
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(16, 128)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}")
+    assert done.returncode in (1, 2)
+    refused(done, done.returncode, "up_proj")
+
+
+def test_a_model_without_a_tokenizer(tmp_path, model, words):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+            "no tokenizer that can be loaded")
+
+
+def test_a_gpu_that_is_not_there(tmp_path, words):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    refused(run(tmp_path, "model.device=cuda", f"calibration.data={words}"), 2,
+            "model.device", "no CUDA GPU")
+
+
+# The recipe
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-1", "1.5", "lots"])
+def test_a_ratio_outside_0_to_1(tmp_path, ratio):
+    done = run(tmp_path, f"prune.ratio={ratio}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    head, fault = message(done)
+    assert head.endswith("smoke.yaml: 1 fault") and fault.startswith("  prune.ratio: ")
+
+
+@pytest.mark.parametrize("layers", ["uniform", "global"])
+def test_a_ratio_that_would_leave_a_width_of_zero(tmp_path, layers, words):
+    done = run(tmp_path, "prune.ratio=0.999", f"prune.layers={layers}", f"calibration.data={words}")
+    refused(done, 2, "prune.ratio: 0.999", "can be removed")
+
+
+def test_a_rounding_unit_that_would_leave_a_width_of_zero(tmp_path):
+    refused(run(tmp_path, "prune.round_to=4096", "prune.ratio=0.7"), 2, "prune.ratio", "4096")
+
+
+def test_protecting_every_block(tmp_path):
+    refused(run(tmp_path, "prune.protect={first: 4, last: 3}"), 2, "prune.protect", "no block of 7")
+
+
+@pytest.mark.parametrize("override", ["calibration.tokens=512", "bench.torch.prompt_tokens=400",
+                                      "evaluate.perplexity.windows=[128, 512]"])
+def test_more_tokens_than_the_model_reads(tmp_path, override):
+    refused(run(tmp_path, override), 2, override.rpartition(".")[0], "the model's maximum of 256")
+    assert stages(tmp_path) == []
+
+
+def test_a_recipe_that_is_not_yaml(tmp_path):
+    (tmp_path / "r.yaml").write_text("name: x\nmodel: [id\n")
+    done = bipdeploy("run", tmp_path / "r.yaml", "--runs", tmp_path / "runs")
+    assert done.returncode == 2
+    head, fault = message(done)
+    assert head == f"error: {tmp_path / 'r.yaml'}: 1 fault"
+    assert fault.startswith("  line 3: not YAML: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_that_does_not_exist(tmp_path):
+    refused(bipdeploy("run", tmp_path / "no.yaml"), 2, "no.yaml", "No such file")
+
+
+def test_an_override_that_is_none(tmp_path):
+    refused(run(tmp_path, "prune.ratio"), 2, "--set", "section.field=value")
+
+
+# The text
+
+def test_an_empty_calibration_text(tmp_path, words):
+    words.write_text("")
+    refused(run(tmp_path / "runs", f"calibration.data={words}"), 2, "calibration.data", "is empty")
+
+
+def test_a_calibration_text_of_blanks(tmp_path, words):
+    words.write_text(" \n\n ")
+    refused(run(tmp_path / "runs", f"calibration.data={words}"), 2, str(words), "holds no text")
+    assert stages(tmp_path / "runs") == []
+
+
+def test_a_calibration_text_that_is_too_short(tmp_path, words):
+    words.write_text("Only a few words. " * 20)
+    refused(run(tmp_path / "runs", f"calibration.data={words}"), 2, "calibration.samples",
+            "windows of 64, and 32 are asked for")
+    assert stages(tmp_path / "runs") == []
+
+
+def test_a_test_text_that_is_too_short_keeps_the_earlier_stages(tmp_path, smoke, words):
+    words.write_text("Only a few words.")
+    shutil.copytree(smoke.folder, tmp_path / "runs" / "smoke")
+    for name in list(STAGES)[4:]:
+        shutil.rmtree(tmp_path / "runs" / "smoke" / name)
+    done = run(tmp_path / "runs", f"evaluate.perplexity.data={words}")
+    refused(done, 2, "evaluate.perplexity", "fills no window of 128")
+    assert stages(tmp_path / "runs") == list(STAGES)[:4]
+    again = bipdeploy("run", SMOKE, "--runs", tmp_path / "runs", "--until", "export", "--json")
+    assert json.loads(again.stdout)["ran"] == []
+
+
+def test_an_empty_test_text_is_refused_before_the_first_stage(tmp_path, words):
+    words.write_text("")
+    refused(run(tmp_path / "runs", f"evaluate.perplexity.data={words}"), 2,
+            "evaluate.perplexity.data", "is empty")
+    assert stages(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("data", ["nowhere.txt", "wikitext3", "text.csv", "builtin:pydoc"])
+def test_a_text_that_is_none_is_refused_before_the_first_stage(tmp_path, data):
+    refused(run(tmp_path, f"evaluate.perplexity.data={data}"), 2, "evaluate.perplexity.data", data)
+    assert stages(tmp_path) == []
+
+
+# The place
+
+@pytest.mark.parametrize("place", ["file/runs", "file"])
+def test_an_output_folder_below_a_file(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    refused(run(tmp_path / place), 2, "cannot write to", "Not a directory", "--runs")
+
+
+def test_an_output_folder_where_nothing_can_be_made():
+    refused(run(Path("/proc/nothing/here")), 2, "cannot write to /proc/nothing/here", "--runs")
+
+
+def test_a_read_only_output_folder(tmp_path):
+    runs = mounted(tmp_path / "runs", "ro,size=1m")
+    try:
+        refused(run(runs), 2, f"cannot write to {runs}", "Read-only file system", "--runs")
+    finally:
+        subprocess.run(["umount", runs], check=True)
+
+
+def test_a_stage_s_output_that_cannot_be_written(tmp_path, smoke):
+    (tmp_path / "file").write_text("")
+    done = bipdeploy("prune", "builtin:pico", smoke.folder / "score", "--ratio", "0.3",
+                     "--out", tmp_path / "file" / "out")
+    refused(done, 2, "cannot write to", "--out")
+
+
+def test_a_full_disk_keeps_the_earlier_stages(tmp_path, words):
+    # Scores take 30 KB and each of the two smaller models 3.5 MB.
+    runs = mounted(tmp_path / "runs", "size=5m")
+    try:
+        settings = [f"calibration.data={words}"]
+        refused(run(runs, *settings), 1, "the disk is full while writing", "recover",
+                "earlier stages are kept")
+        assert stages(runs) == ["score", "prune"]
+        subprocess.run(["mount", "-o", "remount,size=64m", runs], check=True)
+        done = bipdeploy("run", SMOKE, "--runs", runs, "--set", settings[0], "--until", "recover",
+                         "--json")
+        assert json.loads(done.stdout)["reused"] == ["score", "prune"]
+        assert json.loads(done.stdout)["ran"] == ["recover"]
+    finally:
+        subprocess.run(["umount", runs], check=True)
+
+
+def test_a_file_that_the_system_will_not_let_grow_keeps_the_earlier_stages(tmp_path, words):
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    done = run(tmp_path / "runs", f"calibration.data={words}", preexec_fn=limited)
+    refused(done, 1, "prune", "File too large")
+    assert stages(tmp_path / "runs") == ["score"]
+
+
+def mounted(folder: Path, options: str) -> Path:
+    """A file system in memory; skips the test where this user may not mount one."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
+    return folder
+
+
+# Single stages
+
+def test_scores_of_another_model(tmp_path, smoke, tiny):
+    refused(bipdeploy("prune", tiny, smoke.folder / "score", "--ratio", "0.3", "--out",
+                      tmp_path / "p"), 2, "are not of this model", "score the model again")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("command", "word"), [
+    (("prune", "builtin:pico", "nowhere", "--ratio", "0.3"), "nowhere"),
+    (("recover", "builtin:pico", "nowhere"), "nowhere"),
+    (("export", "nowhere"), "nowhere"), (("evaluate", "builtin:pico", "nowhere"), "nowhere"),
+    (("bench", "builtin:pico", "nowhere"), "nowhere"), (("gate", "nowhere"), "nowhere"),
+    (("report", "nowhere"), "nowhere"), (("score", "./nowhere"), "nowhere")])
+def test_an_input_of_a_stage_that_is_missing(tmp_path, command, word):
+    refused(bipdeploy(*command, "--out", tmp_path / "out", cwd=tmp_path), 2, word)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratio_of_a_stage_outside_0_to_1(tmp_path, smoke):
+    done = bipdeploy("prune", "builtin:pico", smoke.folder / "score", "--ratio", "1.5", "--out",
+                     tmp_path / "p")
+    assert done.returncode == 2 and "prune.ratio: 1.5 is not accepted" in message(done)[-1]
+    assert list(tmp_path.iterdir()) == []
