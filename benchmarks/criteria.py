@@ -17,16 +17,28 @@ import tempfile
 import time
 from pathlib import Path
 
-import bipdeploy
-from bipdeploy import artifacts, console
-from bipdeploy.criteria import NAMES
+import torch
 
+import bipdeploy
+from bipdeploy import artifacts, console, sources
+from bipdeploy.criteria import NAMES
+from bipdeploy.data import text, windows
+from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.modeling import loading
+
+WINDOW = 128
 METHODS = {"llm_bip (bound)": ("llm_bip", "bound"), "llm_bip (measured)": ("llm_bip", "measured")}
 METHODS |= {name: (name, "bound") for name in NAMES if name != "llm_bip"}
 
 
+def perplexity_of(folder: Path, ids: torch.Tensor) -> float:
+    """Perplexity of a model folder on a token sequence, windows of `WINDOW`, float32 on the CPU."""
+    model = loading.load_model(folder, torch.float32, torch.device("cpu"))
+    return perplexity(model, ids, WINDOW, 16).perplexity
+
+
 def measure(model: str, method: str, ratios: list[float], seed: int, settings: list[str],
-            work: Path) -> list[dict]:
+            ids: torch.Tensor, work: Path) -> list[dict]:
     """One method and seed: a record per ratio and repair."""
     criterion, propagation = METHODS[method]
     common = [*settings, f"seed={seed}"]
@@ -37,12 +49,9 @@ def measure(model: str, method: str, ratios: list[float], seed: int, settings: l
         pruned = bipdeploy.prune(model, scores, work / "pruned", ratio, common)
         repaired = bipdeploy.recover(model, pruned, work / "repaired", common)
         for repair, folder in (("none", pruned), ("refit", repaired)):
-            evaluated = bipdeploy.evaluate(model, folder, work / "evaluated", common)
-            figures = artifacts.figures([pruned, evaluated])
             records.append({"method": method, "ratio": ratio, "seed": seed, "repair": repair,
-                            "removed": 1 - figures["block_parameters.ratio"],
-                            "dense": figures["perplexity.dense"],
-                            "perplexity": figures["perplexity.pruned"]})
+                            "removed": 1 - artifacts.figures([pruned])["block_parameters.ratio"],
+                            "perplexity": perplexity_of(folder / "model", ids)})
     return records
 
 
@@ -62,10 +71,10 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def repair_gain(records: list[dict], method: str, ratio: float) -> float:
+def repair_gain(records: list[dict], dense: float, method: str, ratio: float) -> float:
     """Share of ln(perplexity / dense) that the refit takes away, mean over seeds."""
     def loss(repair: str) -> float:
-        return statistics.fmean(math.log(r["perplexity"] / r["dense"]) for r in records if (
+        return statistics.fmean(math.log(r["perplexity"] / dense) for r in records if (
             r["method"], r["ratio"], r["repair"]) == (method, ratio, repair))
 
     return 1 - loss("refit") / loss("none")
@@ -77,28 +86,36 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="settings", action="append", default=[
-        "calibration.samples=256", "prune.round_to=8", "evaluate.perplexity.max_tokens=100000"])
+        "calibration.samples=256", "prune.round_to=8"], help="for every method, as --set of run")
+    parser.add_argument("--data", default="builtin:pydocs", help="test text")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the test text")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     console.quiet_libraries()
     began, records = time.time(), []
+    folder = sources.model_folder(arguments.model)
+    test = text.read(arguments.data, "test")
+    ids = windows.token_ids(test, folder)[:arguments.tokens]
+    dense = perplexity_of(folder, ids)
     for seed in arguments.seeds:
         for method in METHODS:
             work = Path(tempfile.mkdtemp())
             records += measure(arguments.model, method, arguments.ratios, seed,
-                               arguments.settings, work)
+                               arguments.settings, ids, work)
             shutil.rmtree(work)
             print(f"seed {seed}, {method}: {time.time() - began:.0f} s", flush=True)
-    gains = {f"{method} at {ratio:.0%}": repair_gain(records, method, ratio)
+    gains = {f"{method} at {ratio:.0%}": repair_gain(records, dense, method, ratio)
              for method in METHODS for ratio in arguments.ratios}
     command = (f"python benchmarks/criteria.py --model {arguments.model} "
                f"--ratios {' '.join(map(str, arguments.ratios))} "
                f"--seeds {' '.join(map(str, arguments.seeds))} --out {arguments.out}")
     artifacts.write_json(arguments.out, {
         "command": command, "settings": arguments.settings, "seconds": round(time.time() - began),
-        "environment": artifacts.environment(), "dense": records[0]["dense"],
+        "environment": artifacts.environment(), "dense": dense,
+        "test": {"data": test.name, "split": test.split, "sha256": test.sha256,
+                 "tokens": len(ids), "window": WINDOW},
         "share_of_log_perplexity_repaired": gains, "records": records})
-    print(f"dense {records[0]['dense']:.2f}\n\n{table(records)}\n\n{json.dumps(gains, indent=1)}")
+    print(f"dense {dense:.2f}\n\n{table(records)}\n\n{json.dumps(gains, indent=1)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +39,20 @@ pipeline_tag: text-generation
 
 # pico
 
-A LLaMA of {parameters:,} parameters, trained for bipdeploy so that pruning, repair and serving can be
-tried and tested on a real trained model on every machine. It continues English technical prose for
-a line or two; it is of no other use.
+A LLaMA of {parameters:,} parameters, trained for bipdeploy so that pruning, repair and serving
+can be tried and tested on a real trained model on every machine. It continues English technical
+prose for a line or two; it is of no other use.
 
 | | |
 |---|---|
-| architecture | LLaMA: {blocks} blocks, hidden size {hidden}, {heads} heads of {head_dim}, FFN {ffn}, tied embeddings, bf16 |
+| architecture | LLaMA: {blocks} blocks, hidden size {hidden}, FFN {ffn}, tied, bf16 |
+| heads | {heads} of {head_dim} |
 | tokenizer | byte-level BPE, {vocabulary:,} entries, trained on the same text |
 | context | {context} tokens |
 | tokens seen | {tokens:,} ({per_parameter:.1f} per parameter), of {unique:,} distinct |
 | seed | {seed} |
-| training | {steps:,} steps of {batch} windows, bf16 autocast, Muon and AdamW |
-| training time | {hours:.1f} hours on 2 cores of {cpu}, shared with other work |
+| training | {steps:,} steps of {batch} windows, bf16, Muon and AdamW |
+| training time | {hours:.1f} hours on 2 cores ({cpu}), shared with other work |
 | held-out perplexity | {heldout:.2f} (windows of 256, documents of the same packages) |
 | perplexity on `builtin:pydocs`, test | {pydocs:.2f} (windows of 128, Python {python}) |
 
@@ -59,8 +62,8 @@ Made by `benchmarks/reference_model/`: `corpus.py`, `train.py`, `publish.py`.
 
 Signatures and docstrings, read from the wheels of {packages} PyPI packages; no code, no doctests. A
 package whose metadata does not name a permissive licence was left out, and so was every paragraph
-of 60 characters or more that Python's own documentation also holds. {overlap:.2%} of the 13-word sequences of
-`builtin:pydocs` (test) stand in the training text all the same, as parts of other paragraphs.
+of 60 characters or more that Python's own documentation also holds. {overlap:.2%} of the 13-word
+sequences of `builtin:pydocs` (test) stand in the training text all the same, in other paragraphs.
 
 Licences as the packages state them: {licences}.
 
@@ -84,7 +87,7 @@ def training_overlap(data: Path) -> dict[str, float]:
     found: set[int] = set()
     for part in np.array_split(starts, max(1, len(starts) // 500)):
         bounds = [*part, starts[min(np.searchsorted(starts, part[-1]) + 1, len(starts) - 1)]]
-        batch = [tokens[a + 1:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+        batch = [tokens[a + 1:b].tolist() for a, b in pairwise(bounds)]
         for document in tokenizer.decode_batch(batch):
             found.update(anywhere.intersection(grams(document)))
     return {split: len(found & own) / len(own) for split, own in wanted.items()}
@@ -111,8 +114,6 @@ def card(data: Path, model: Path, overlap: dict[str, float]) -> str:
     loaded = loading.load_model(model, torch.float32, torch.device("cpu"))
     used = [p for p in corpus["packages"] if p["characters"]]
     licences = Counter(licence_name(p["licence"]) for p in used)
-    import platform
-
     return CARD.format(
         parameters=log["parameters"], blocks=config["num_hidden_layers"],
         hidden=config["hidden_size"], heads=config["num_attention_heads"],

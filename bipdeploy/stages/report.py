@@ -104,5 +104,6 @@ def _comparison(figures: dict[str, float]) -> bytes:
         values = [figures[f"{name}.dense"], figures[f"{name}.pruned"]]
         bars = axis.bar(["dense", "pruned"], values, color=["#8c8c8c", "#3b6ea5"])
         axis.bar_label(bars, fmt="%.4g")
+        axis.margins(y=0.12)
         axis.set(title=title)
     return _png(figure)
