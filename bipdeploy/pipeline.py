@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, sources
-from bipdeploy.allocation import uniform_widths, unprotected
+from bipdeploy.allocation import uniform_widths
 from bipdeploy.calibration import calibration_split, test_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.console import Reporter, Silent
@@ -152,7 +153,7 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
         except Exception as error:
             if "out of memory" in str(error).lower():
                 raise _out_of_memory(name) from error
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            line = textwrap.shorten(str(error), 200) or "no message"
             raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
                              "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
         artifacts.write_json(partial / artifacts.MANIFEST, {
@@ -214,10 +215,7 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
 def preflight(recipe: Recipe, dense: Path) -> None:
     """Refuse what cannot work before the first expensive step. Raises InputError."""
     arch = architecture(read_config(dense))
-    if recipe.prune.layers == "uniform":
-        uniform_widths(arch, recipe.prune)
-    else:
-        unprotected(arch, recipe.prune)
+    uniform_widths(arch, recipe.prune)  # what is too much for `uniform` is so for `global`
     if recipe.calibration.tokens > arch.max_positions:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
                          f"model's maximum of {arch.max_positions}; lower it")

@@ -1,7 +1,9 @@
-"""Running the command line as a user does, in a process of its own."""
+"""Running the command line as a user does: in a process of its own, or (fast) in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -9,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from bipdeploy import cli
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -23,6 +28,18 @@ def bipdeploy(*arguments: object, cwd: Path | None = None, env: dict[str, str] |
               **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `bipdeploy ARGUMENTS`; streams are captured as text."""
     return _run([SCRIPT, *map(str, arguments)], cwd, env, options)
+
+
+def bipdeploy_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `bipdeploy`, in this process: for commands that would spend seconds on loading torch."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (mock.patch.object(sys, "argv", ["bipdeploy", *map(str, arguments)]),
+          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def python(code: str, *arguments: object, cwd: Path | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from functools import lru_cache
 
 import pytest
 
@@ -42,14 +43,13 @@ ARCHITECTURES = {
     "biases": architecture(sizes(64, 96, 4, 2, 3, head_dim=32, attention_bias=True,
                                  mlp_bias=True)),
     "pico": architecture(sizes(64, 172, 8, 4, 5)),
-    "odd-channels": architecture(sizes(256, 683, 8, 8, 8)),
-    "one-kv-head": architecture(sizes(256, 688, 8, 1, 6)),
-    "qwen2-0.5b": architecture(sizes(896, 4864, 14, 2, 24)),
-    "llama-7b": architecture(sizes(4096, 11008, 32, 32, 32)),
-    "llama3-8b": architecture(sizes(4096, 14336, 32, 8, 32)),
+    "odd-channels": architecture(sizes(256, 683, 8, 8, 4)),
+    "one-kv-head": architecture(sizes(128, 344, 8, 1, 6)),
+    "many-heads": architecture(sizes(512, 1376, 32, 32, 4)),
+    "many-blocks": architecture(sizes(128, 160, 8, 2, 24)),
     "already-pruned": already_pruned(),
 }
-RATIOS = [0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.37, 0.5, 0.66, 0.8, 0.95]
+RATIOS = (0.01, 0.1, 0.2, 0.25, 0.37, 0.5, 0.66, 0.8, 0.95)
 PARTS = {"both": (True, True), "heads": (True, False), "ffn": (False, True)}
 
 
@@ -61,6 +61,7 @@ def section(ratio: float, layers: str = "uniform", *, round_to: int = 8, parts: 
         "protect": {"first": first, "last": last}})
 
 
+@lru_cache
 def draw_scores(arch: Architecture, seed: int = 0) -> list[BlockScores]:
     """Scores whose scale differs between blocks, so that a global ranking is far from even."""
     draw = random.Random(seed)
@@ -104,29 +105,29 @@ def most(arch: Architecture, asked: PruneSection) -> int:
     return removed(arch, widths)
 
 
-def stated_maximum(error: InputError) -> float:
-    found = re.search(r"at most ([\d.]+) can be removed", str(error))
+def stated_maximum(message: str) -> float:
+    found = re.search(r"at most ([\d.]+) can be removed", message)
     assert found
     return float(found[1])
 
 
-def every_case(arch: Architecture, layers: str) -> list[PruneSection]:
-    return [section(ratio, layers, round_to=unit, parts=parts, first=first, last=last)
-            for ratio, unit, parts, (first, last) in itertools.product(
-                RATIOS, (1, 8, 32, 128), PARTS, ((0, 0), (1, 1), (2, 0)))]
-
-
-def outcomes(arch: Architecture, layers: str) -> list[tuple[PruneSection, list[BlockWidths]]]:
-    """All cases that are not refused, with their widths."""
-    found = []
-    for asked in every_case(arch, layers):
+@lru_cache
+def outcomes(arch: Architecture, layers: str) -> list[tuple[PruneSection, list[BlockWidths] | str]]:
+    """Many requests, each with the widths it gets or the message with which it is refused."""
+    found: list[tuple[PruneSection, list[BlockWidths] | str]] = []
+    for ratio, unit, parts, (first, last) in itertools.product(
+            RATIOS, (1, 8, 128), PARTS, ((0, 0), (1, 1), (2, 0))):
+        asked = section(ratio, layers, round_to=unit, parts=parts, first=first, last=last)
         try:
-            widths, _ = allocate(arch, asked, draw_scores(arch), comparable=True)
-        except InputError:
-            continue
-        found.append((asked, widths))
-    assert found
+            found.append((asked, allocate(arch, asked, draw_scores(arch), comparable=True)[0]))
+        except InputError as error:
+            found.append((asked, str(error)))
     return found
+
+
+def met(arch: Architecture, layers: str) -> list[tuple[PruneSection, list[BlockWidths]]]:
+    return [(asked, widths) for asked, widths in outcomes(arch, layers)
+            if not isinstance(widths, str)]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -141,7 +142,9 @@ def layers(request) -> str:
 
 @pytest.fixture(scope="module")
 def cases(arch, layers) -> list[tuple[PruneSection, list[BlockWidths]]]:
-    return outcomes(arch, layers)
+    found = met(arch, layers)
+    assert len(found) > 20
+    return found
 
 
 def test_the_ratio_is_met_within_one_rounding_unit(arch, cases):
@@ -181,40 +184,34 @@ def test_protected_blocks_and_parts_stay_dense(arch, cases):
                 assert own.intermediate == dense.intermediate, asked
 
 
-def test_uniform_widths_are_equal_in_all_unprotected_blocks(arch):
-    if not arch.uniform:
-        pytest.skip("blocks of different dense widths cannot have equal ones")
-    for asked, widths in outcomes(arch, "uniform"):
+@pytest.mark.parametrize("name", [name for name, a in ARCHITECTURES.items() if a.uniform])
+def test_uniform_widths_are_equal_in_all_unprotected_blocks(name):
+    arch = ARCHITECTURES[name]
+    for asked, widths in met(arch, "uniform"):
         assert len({widths[i] for i in unprotected(arch, asked)}) == 1, asked
 
 
-def test_a_ratio_is_refused_only_where_it_is_out_of_reach(arch, layers):
-    for asked in every_case(arch, layers):
-        feasible = asked.ratio * all_parameters(arch) <= most(arch, asked)
-        try:
-            allocate(arch, asked, draw_scores(arch), comparable=True)
-        except InputError as error:
-            assert not feasible, asked
-            assert str(error).startswith("prune.ratio: ")
-        else:
-            assert feasible, asked
+def test_a_ratio_is_refused_where_it_is_out_of_reach_and_only_there(arch, layers):
+    for asked, widths in outcomes(arch, layers):
+        out_of_reach = asked.ratio * all_parameters(arch) > most(arch, asked)
+        assert isinstance(widths, str) == out_of_reach, asked
+        if out_of_reach:
+            assert widths.startswith("prune.ratio: ")
 
 
-def test_the_maximum_that_a_refusal_states_is_the_true_one(arch, layers):
-    refused = 0
-    for asked in every_case(arch, layers):
-        if asked.ratio < 0.95:
-            continue
-        with pytest.raises(InputError, match=r"prune\.ratio") as caught:
-            allocate(arch, asked, draw_scores(arch), comparable=True)
-        stated = stated_maximum(caught.value)
-        true = most(arch, asked) / all_parameters(arch)
-        assert true - 0.001 <= stated <= true
-        if stated > 0.01:
-            below = asked.model_copy(update={"ratio": stated - 0.001})
-            allocate(arch, below, draw_scores(arch), comparable=True)
-            refused += 1
-    assert refused
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("unit", [1, 8, 128])
+def test_the_maximum_that_a_refusal_states_is_the_true_one(arch, layers, parts, unit):
+    asked = section(0.999, layers, round_to=unit, parts=parts, first=1)
+    with pytest.raises(InputError, match=r"prune\.ratio") as caught:
+        allocate(arch, asked, draw_scores(arch), comparable=True)
+    stated = stated_maximum(str(caught.value))
+    true = most(arch, asked) / all_parameters(arch)
+    assert true - 0.001 <= stated <= true
+    if stated:
+        feasible = asked.model_copy(update={"ratio": stated})
+        widths, _ = allocate(arch, feasible, draw_scores(arch), comparable=True)
+        assert removed(arch, widths) > 0
 
 
 def test_protection_that_leaves_nothing_is_refused(layers):
@@ -243,7 +240,7 @@ def test_a_higher_ratio_removes_no_less(arch, layers):
 
 
 @pytest.mark.parametrize("comparable", [True, False])
-def test_equal_scores_make_a_global_choice_nearly_uniform_in_total(arch, comparable):
+def test_constant_scores_meet_the_ratio_too(arch, comparable):
     asked = section(0.2, "global")
     widths = global_widths(arch, asked, flat_scores(arch), comparable=comparable)
     miss = removed(arch, widths) - 0.2 * all_parameters(arch)
@@ -272,26 +269,19 @@ def test_scores_that_are_not_comparable_are_standardised():
     assert global_widths(arch, asked, rescaled, comparable=True) != plain
 
 
-@pytest.mark.parametrize("comparable", [True, False])
-@pytest.mark.parametrize("seed", range(12))
-def test_a_block_with_higher_scores_is_cut_no_more(arch, seed, comparable):
+@pytest.mark.parametrize("seed", range(8))
+def test_a_block_with_higher_scores_is_cut_no_more(arch, seed):
     draw = random.Random(seed)
     scores = draw_scores(arch, seed)
     raised = draw.randrange(len(scores))
-    lift = draw.uniform(0, 2)
-    # Where blocks are standardised, only a change of scale and offset leaves the order alone.
-    noise = 1.0 if comparable else 0.0
+    lift = draw.uniform(0, 1)
     higher = list(scores)
-    higher[raised] = BlockScores(
-        [s + lift + noise * draw.random() for s in scores[raised].heads],
-        [s + lift + noise * draw.random() for s in scores[raised].ffn])
-    for ratio, unit in itertools.product((0.1, 0.3, 0.5), (1, 8, 32)):
+    higher[raised] = BlockScores([s + lift * draw.random() for s in scores[raised].heads],
+                                 [s + lift * draw.random() for s in scores[raised].ffn])
+    for ratio, unit in itertools.product((0.1, 0.3), (1, 8, 32)):
         asked = section(ratio, "global", round_to=unit)
-        try:
-            before = global_widths(arch, asked, scores, comparable=comparable)[raised]
-        except InputError:
-            continue
-        after = global_widths(arch, asked, higher, comparable=comparable)[raised]
+        before = global_widths(arch, asked, scores, comparable=True)[raised]
+        after = global_widths(arch, asked, higher, comparable=True)[raised]
         assert after.kv_heads >= before.kv_heads
         assert after.intermediate >= before.intermediate
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bipdeploy.pipeline import STAGES
-from tests.running import SMOKE, bipdeploy, leftovers, message
+from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message
 from tests.tiny import PICO
 
 
@@ -30,15 +30,23 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> s
 
 
 def run(runs: Path, *overrides: str, **options) -> subprocess.CompletedProcess[str]:
-    """`bipdeploy run recipes/smoke.yaml --runs RUNS` with overrides."""
-    settings = [part for override in overrides for part in ("--set", override)]
-    return bipdeploy("run", SMOKE, "--runs", runs, *settings, **options)
+    """`bipdeploy run recipes/smoke.yaml --runs RUNS` with overrides, as a user runs it."""
+    return bipdeploy("run", SMOKE, "--runs", runs, *settings(overrides), **options)
+
+
+def run_here(runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, where torch is loaded already."""
+    return bipdeploy_here("run", SMOKE, "--runs", runs, *settings(overrides))
+
+
+def settings(overrides: tuple[str, ...]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def stages(runs: Path) -> list[str]:
     """The stages that have a folder in the smoke run; fails where one is half-written."""
     assert leftovers(runs) == []
-    for folder in (runs / "smoke").iterdir():
+    for folder in (runs / "smoke").iterdir() if (runs / "smoke").exists() else ():
         assert folder.name == "manifest.json" or (folder / "manifest.json").is_file(), folder
     return [name for name in STAGES if (runs / "smoke" / name).is_dir()]
 
@@ -110,21 +118,33 @@ def test_a_config_without_a_size(tmp_path, model):
 
 def test_pickled_weights_are_not_opened(tmp_path, model, words):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
             "only pickled weights (pytorch_model.bin)", "safetensors")
 
 
 def test_no_weights(tmp_path, model, words):
     (model / "model.safetensors").unlink()
-    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
             "has no model.safetensors")
+
+
+def test_nan_in_the_weights_and_a_cut_off_file_as_a_user_meets_them(tmp_path, model, words):
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.6.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    overrides = (f"model.id={model}", f"calibration.data={words}")
+    refused(run(tmp_path / "runs", *overrides), 2, "holds NaN")
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused(run(tmp_path / "runs", *overrides), 2, "damaged or truncated")
+    assert stages(tmp_path / "runs") == []
 
 
 @pytest.mark.parametrize("size", [0, 5, 3000, 1_000_000])
 def test_a_cut_off_safetensors_file(tmp_path, model, words, size):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
             str(path), "damaged or truncated", "copy it again")
     assert stages(tmp_path / "runs") == []
 
@@ -136,7 +156,7 @@ def test_a_value_in_the_weights_that_is_not_finite(tmp_path, model, words, tenso
     weights = load_file(model / "model.safetensors")
     weights[tensor][7, 11] = value
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
             f"tensor {tensor} holds NaN or infinite values")
     assert stages(tmp_path / "runs") == []
 
@@ -145,7 +165,7 @@ def test_a_tensor_that_is_missing(tmp_path, model, words):
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.2.self_attn.k_proj.weight"]
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
             "model.layers.2.self_attn.k_proj.weight is missing")
 
 
@@ -153,7 +173,7 @@ def test_a_tensor_of_another_shape(tmp_path, model, words):
     weights = load_file(model / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(16, 128)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    done = run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}")
+    done = run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}")
     assert done.returncode in (1, 2)
     refused(done, done.returncode, "up_proj")
 
@@ -161,14 +181,14 @@ def test_a_tensor_of_another_shape(tmp_path, model, words):
 def test_a_model_without_a_tokenizer(tmp_path, model, words):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    refused(run(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}"), 2,
             "no tokenizer that can be loaded")
 
 
 def test_a_gpu_that_is_not_there(tmp_path, words):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
-    refused(run(tmp_path, "model.device=cuda", f"calibration.data={words}"), 2,
+    refused(run_here(tmp_path, "model.device=cuda", f"calibration.data={words}"), 2,
             "model.device", "no CUDA GPU")
 
 
@@ -183,9 +203,10 @@ def test_a_ratio_outside_0_to_1(tmp_path, ratio):
 
 
 @pytest.mark.parametrize("layers", ["uniform", "global"])
-def test_a_ratio_that_would_leave_a_width_of_zero(tmp_path, layers, words):
-    done = run(tmp_path, "prune.ratio=0.999", f"prune.layers={layers}", f"calibration.data={words}")
+def test_a_ratio_that_would_leave_a_width_of_zero(tmp_path, layers):
+    done = run(tmp_path, "prune.ratio=0.999", f"prune.layers={layers}")
     refused(done, 2, "prune.ratio: 0.999", "can be removed")
+    assert stages(tmp_path) == []
 
 
 def test_a_rounding_unit_that_would_leave_a_width_of_zero(tmp_path):
@@ -230,7 +251,7 @@ def test_an_empty_calibration_text(tmp_path, words):
 
 def test_a_calibration_text_of_blanks(tmp_path, words):
     words.write_text(" \n\n ")
-    refused(run(tmp_path / "runs", f"calibration.data={words}"), 2, str(words), "holds no text")
+    refused(run_here(tmp_path / "runs", f"calibration.data={words}"), 2, str(words), "holds no text")
     assert stages(tmp_path / "runs") == []
 
 
@@ -246,7 +267,7 @@ def test_a_test_text_that_is_too_short_keeps_the_earlier_stages(tmp_path, smoke,
     shutil.copytree(smoke.folder, tmp_path / "runs" / "smoke")
     for name in list(STAGES)[4:]:
         shutil.rmtree(tmp_path / "runs" / "smoke" / name)
-    done = run(tmp_path / "runs", f"evaluate.perplexity.data={words}")
+    done = run_here(tmp_path / "runs", f"evaluate.perplexity.data={words}")
     refused(done, 2, "evaluate.perplexity", "fills no window of 128")
     assert stages(tmp_path / "runs") == list(STAGES)[:4]
     again = bipdeploy("run", SMOKE, "--runs", tmp_path / "runs", "--until", "export", "--json")
@@ -297,13 +318,13 @@ def test_a_full_disk_keeps_the_earlier_stages(tmp_path, words):
     # Scores take 30 KB and each of the two smaller models 3.5 MB.
     runs = mounted(tmp_path / "runs", "size=5m")
     try:
-        settings = [f"calibration.data={words}"]
-        refused(run(runs, *settings), 1, "the disk is full while writing", "recover",
+        data = f"calibration.data={words}"
+        refused(run(runs, data), 1, "the disk is full while writing", "recover",
                 "earlier stages are kept")
         assert stages(runs) == ["score", "prune"]
         subprocess.run(["mount", "-o", "remount,size=64m", runs], check=True)
-        done = bipdeploy("run", SMOKE, "--runs", runs, "--set", settings[0], "--until", "recover",
-                         "--json")
+        done = bipdeploy_here("run", SMOKE, "--runs", runs, "--set", data, "--until", "recover",
+                              "--json")
         assert json.loads(done.stdout)["reused"] == ["score", "prune"]
         assert json.loads(done.stdout)["ran"] == ["recover"]
     finally:
@@ -332,8 +353,8 @@ def mounted(folder: Path, options: str) -> Path:
 # Single stages
 
 def test_scores_of_another_model(tmp_path, smoke, tiny):
-    refused(bipdeploy("prune", tiny, smoke.folder / "score", "--ratio", "0.3", "--out",
-                      tmp_path / "p"), 2, "are not of this model", "score the model again")
+    refused(bipdeploy_here("prune", tiny, smoke.folder / "score", "--ratio", "0.3", "--out",
+                           tmp_path / "p"), 2, "are not of this model", "score the model again")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -343,8 +364,9 @@ def test_scores_of_another_model(tmp_path, smoke, tiny):
     (("export", "nowhere"), "nowhere"), (("evaluate", "builtin:pico", "nowhere"), "nowhere"),
     (("bench", "builtin:pico", "nowhere"), "nowhere"), (("gate", "nowhere"), "nowhere"),
     (("report", "nowhere"), "nowhere"), (("score", "./nowhere"), "nowhere")])
-def test_an_input_of_a_stage_that_is_missing(tmp_path, command, word):
-    refused(bipdeploy(*command, "--out", tmp_path / "out", cwd=tmp_path), 2, word)
+def test_an_input_of_a_stage_that_is_missing(tmp_path, monkeypatch, command, word):
+    monkeypatch.chdir(tmp_path)
+    refused(bipdeploy_here(*command, "--out", tmp_path / "out"), 2, word)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -128,6 +128,7 @@ def train(data: Path, out: Path, tokens: float, batch: int, save_every: int) -> 
     resume = out.with_name("resume.safetensors")
     if resume.exists():
         log = restore(model, optimisers, resume)
+        log["steps"] = steps
         start, spent = log["history"][-1]["step"], log["history"][-1]["seconds"]
 
     @torch.compile
@@ -163,7 +164,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the saved model")
-    parser.add_argument("--tokens", type=float, default=61e6, help="tokens to train on, in all")
+    parser.add_argument("--tokens", type=float, default=45e6, help="tokens to train on, in all")
     parser.add_argument("--batch", type=int, default=16, help="windows of 256 tokens in a step")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     a = parser.parse_args()
