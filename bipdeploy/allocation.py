@@ -182,7 +182,8 @@ def _with_groups(arch: Architecture, groups: dict[int, int]) -> list[BlockWidths
 def _standardised(scores: Sequence[float]) -> list[float]:
     spread = pstdev(scores) if len(scores) > 1 else 0.0
     mean = fmean(scores) if scores else 0.0
-    return [(s - mean) / spread if spread else 0.0 for s in scores]
+    # Rounded, so that equal standing (of two groups, always -1 and 1) is a tie in every block.
+    return [round((s - mean) / spread, 9) if spread else 0.0 for s in scores]
 
 
 def _prunable(arch: Architecture, block: int, section: PruneSection) -> int:

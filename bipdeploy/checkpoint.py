@@ -41,7 +41,11 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, Path]:
         index = self.folder / INDEX
         if index.is_file():
-            named = json.loads(index.read_text())["weight_map"]
+            try:
+                named = dict(json.loads(index.read_text())["weight_map"])
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{index} is damaged ({type(error).__name__}: {error}); copy it "
+                                 "again") from error
             missing = sorted({f for f in named.values() if not (self.folder / f).is_file()})
             if missing:
                 raise InputError(f"{self.folder}: shard {missing[0]} is missing "
@@ -67,6 +71,10 @@ class Checkpoint:
         loaded: dict[str, torch.Tensor] = {}
         for path, wanted in by_file.items():
             with _opened(path) as file:
+                absent = sorted(set(wanted) - set(file.keys()))
+                if absent:
+                    raise InputError(f"{path} lacks tensor {absent[0]}, which {INDEX} places "
+                                     "there; copy it again")
                 loaded |= {name: file.get_tensor(name) for name in wanted}
         return loaded
 
@@ -96,11 +104,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{folder} is not a model folder: it has no config.json") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} cannot be read: it holds no JSON object")
+    return config
 
 
 class CheckpointWriter:

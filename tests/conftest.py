@@ -8,10 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; more threads only wait
 
-from bipdeploy.console import quiet_libraries
-
-quiet_libraries()  # as the command line does, before the libraries are imported
-
 from pathlib import Path
 
 import pytest

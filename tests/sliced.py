@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bipdeploy.allocation import Kept
+from bipdeploy.artifacts import file_hashes
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.modeling.formats import pruned_config
@@ -66,6 +67,23 @@ def masked_model(source: Path, kept: list[Kept]) -> Any:
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(ids).logits
+
+
+def short_calibration(folder: Path) -> list[str]:
+    """Settings that calibrate on 16 windows of 64 tokens of a small text, written to `folder`."""
+    words = "the model reads a block of tokens and writes what it made from them into one file"
+    draw = random.Random(0)
+    text = folder / "words.txt"
+    text.write_text(" ".join(draw.choice(words.split()) + str(draw.randrange(100))
+                             for _ in range(1500)))
+    return [f"calibration.data={text}", "calibration.samples=16", "calibration.tokens=64",
+            "calibration.batch=8", "model.device=cpu"]
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Hashes of a stage's files, without the manifest that holds times."""
+    return {name: sha256 for name, sha256 in file_hashes(folder).items()
+            if name != "manifest.json"}
 
 
 def loaded(folder: Path) -> Any:

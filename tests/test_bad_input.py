@@ -78,11 +78,11 @@ def test_a_missing_model_folder(tmp_path):
 
 
 def test_an_unknown_built_in_model(tmp_path):
-    refused(run(tmp_path, "model.id=builtin:pica"), 2, "model.id", "did you mean 'pico'?")
+    refused(run_here(tmp_path, "model.id=builtin:pica"), 2, "model.id", "did you mean 'pico'?")
 
 
 def test_a_model_that_is_a_file(tmp_path):
-    refused(run(tmp_path, f"model.id={PICO / 'config.json'}"), 2, "model.id", "is a file")
+    refused(run_here(tmp_path, f"model.id={PICO / 'config.json'}"), 2, "model.id", "is a file")
 
 
 def test_a_hub_model_without_the_hub(tmp_path):
@@ -91,12 +91,12 @@ def test_a_hub_model_without_the_hub(tmp_path):
 
 
 def test_a_folder_that_is_no_model(tmp_path):
-    refused(run(tmp_path / "runs", f"model.id={tmp_path}"), 2, str(tmp_path), "no config.json")
+    refused(run_here(tmp_path / "runs", f"model.id={tmp_path}"), 2, str(tmp_path), "no config.json")
 
 
 def test_a_config_that_is_not_json(tmp_path, model):
     (model / "config.json").write_text('{"model_type": "lla')
-    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "config.json cannot be read")
+    refused(run_here(tmp_path / "runs", f"model.id={model}"), 2, "config.json cannot be read")
 
 
 def test_a_model_type_without_a_family(tmp_path, model):
@@ -108,12 +108,12 @@ def test_a_model_type_without_a_family(tmp_path, model):
 
 def test_a_model_type_that_is_almost_a_family(tmp_path, model):
     edit_config(model, model_type="qwen4")
-    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "did you mean 'qwen")
+    refused(run_here(tmp_path / "runs", f"model.id={model}"), 2, "did you mean 'qwen")
 
 
 def test_a_config_without_a_size(tmp_path, model):
     edit_config(model, intermediate_size=None)
-    refused(run(tmp_path / "runs", f"model.id={model}"), 2, "lacks intermediate_size")
+    refused(run_here(tmp_path / "runs", f"model.id={model}"), 2, "lacks intermediate_size")
 
 
 def test_pickled_weights_are_not_opened(tmp_path, model, words):
@@ -196,7 +196,7 @@ def test_a_gpu_that_is_not_there(tmp_path, words):
 
 @pytest.mark.parametrize("ratio", ["0", "1", "-1", "1.5", "lots"])
 def test_a_ratio_outside_0_to_1(tmp_path, ratio):
-    done = run(tmp_path, f"prune.ratio={ratio}")
+    done = run_here(tmp_path, f"prune.ratio={ratio}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     head, fault = message(done)
     assert head.endswith("smoke.yaml: 1 fault") and fault.startswith("  prune.ratio: ")
@@ -204,23 +204,25 @@ def test_a_ratio_outside_0_to_1(tmp_path, ratio):
 
 @pytest.mark.parametrize("layers", ["uniform", "global"])
 def test_a_ratio_that_would_leave_a_width_of_zero(tmp_path, layers):
-    done = run(tmp_path, "prune.ratio=0.999", f"prune.layers={layers}")
+    done = run_here(tmp_path, "prune.ratio=0.999", f"prune.layers={layers}")
     refused(done, 2, "prune.ratio: 0.999", "can be removed")
     assert stages(tmp_path) == []
 
 
 def test_a_rounding_unit_that_would_leave_a_width_of_zero(tmp_path):
-    refused(run(tmp_path, "prune.round_to=4096", "prune.ratio=0.7"), 2, "prune.ratio", "4096")
+    refused(run_here(tmp_path, "prune.round_to=4096", "prune.ratio=0.7"), 2, "prune.ratio", "4096")
 
 
 def test_protecting_every_block(tmp_path):
-    refused(run(tmp_path, "prune.protect={first: 4, last: 3}"), 2, "prune.protect", "no block of 7")
+    done = run_here(tmp_path, "prune.protect={first: 4, last: 3}")
+    refused(done, 2, "prune.protect", "no block of 7")
 
 
 @pytest.mark.parametrize("override", ["calibration.tokens=512", "bench.torch.prompt_tokens=400",
                                       "evaluate.perplexity.windows=[128, 512]"])
 def test_more_tokens_than_the_model_reads(tmp_path, override):
-    refused(run(tmp_path, override), 2, override.rpartition(".")[0], "the model's maximum of 256")
+    done = run_here(tmp_path, override)
+    refused(done, 2, override.rpartition(".")[0], "the model's maximum of 256")
     assert stages(tmp_path) == []
 
 
@@ -251,7 +253,8 @@ def test_an_empty_calibration_text(tmp_path, words):
 
 def test_a_calibration_text_of_blanks(tmp_path, words):
     words.write_text(" \n\n ")
-    refused(run_here(tmp_path / "runs", f"calibration.data={words}"), 2, str(words), "holds no text")
+    done = run_here(tmp_path / "runs", f"calibration.data={words}")
+    refused(done, 2, str(words), "holds no text")
     assert stages(tmp_path / "runs") == []
 
 
@@ -276,14 +279,15 @@ def test_a_test_text_that_is_too_short_keeps_the_earlier_stages(tmp_path, smoke,
 
 def test_an_empty_test_text_is_refused_before_the_first_stage(tmp_path, words):
     words.write_text("")
-    refused(run(tmp_path / "runs", f"evaluate.perplexity.data={words}"), 2,
+    refused(run_here(tmp_path / "runs", f"evaluate.perplexity.data={words}"), 2,
             "evaluate.perplexity.data", "is empty")
     assert stages(tmp_path / "runs") == []
 
 
 @pytest.mark.parametrize("data", ["nowhere.txt", "wikitext3", "text.csv", "builtin:pydoc"])
 def test_a_text_that_is_none_is_refused_before_the_first_stage(tmp_path, data):
-    refused(run(tmp_path, f"evaluate.perplexity.data={data}"), 2, "evaluate.perplexity.data", data)
+    done = run_here(tmp_path, f"evaluate.perplexity.data={data}")
+    refused(done, 2, "evaluate.perplexity.data", data)
     assert stages(tmp_path) == []
 
 
@@ -292,7 +296,7 @@ def test_a_text_that_is_none_is_refused_before_the_first_stage(tmp_path, data):
 @pytest.mark.parametrize("place", ["file/runs", "file"])
 def test_an_output_folder_below_a_file(tmp_path, place):
     (tmp_path / "file").write_text("")
-    refused(run(tmp_path / place), 2, "cannot write to", "Not a directory", "--runs")
+    refused(run_here(tmp_path / place), 2, "cannot write to", "Not a directory", "--runs")
 
 
 def test_an_output_folder_where_nothing_can_be_made():

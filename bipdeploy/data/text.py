@@ -21,18 +21,21 @@ class HubSet:
     config: str | None
     field: str
     splits: dict[str, str]  # our split names → theirs
-    files: str | None = None  # one file of a set too large to fetch whole
-    rows: int | None = None  # and how many of its first rows are plenty
+    files: str | None = None  # the files of a split, where the hub does not name them itself
+    rows: int | None = None  # how many of the first rows are plenty
+    revision: str | None = None
 
 
 _TRAIN_TEST = {"calibration": "train", "validation": "validation", "test": "test"}
 HUB_SETS: dict[str, HubSet] = {
     "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", _TRAIN_TEST),
-    # Parquet conversion of the set whose loading script the hub no longer runs.
-    "ptb": HubSet("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", _TRAIN_TEST),
+    # The hub's own conversion to parquet: the set itself has a loading script, which is not run.
+    "ptb": HubSet("ptb-text-only/ptb_text_only", None, "sentence", _TRAIN_TEST,
+                  "penn_treebank/{split}/*.parquet", revision="refs/convert/parquet"),
+    # One file is plenty, and the set is too large to fetch whole.
     "c4": HubSet("allenai/c4", None, "text",
                  {"calibration": "train", "validation": "validation", "test": "validation"},
-                 "en/c4-{split}.00000-of-{count}.json.gz", rows=10_000),
+                 "en/c4-{split}.00000-of-{count}.json.gz", rows=2_000),
     "alpaca": HubSet("yahma/alpaca-cleaned", None, "output",
                      {"calibration": "train", "validation": "train", "test": "train"}),
 }
@@ -138,10 +141,12 @@ def _from_hub(name: str, split: str) -> list[str]:
 
     hub = HUB_SETS[name]
     theirs = hub.splits[_check_split(name, split, tuple(hub.splits))]
-    files = {theirs: hub.files.format(split=theirs, count=_C4_FILES[theirs])} if hub.files else None
+    files = ({theirs: hub.files.format(split=theirs, count=_C4_FILES.get(theirs))}
+             if hub.files else None)
     part = theirs if hub.rows is None else f"{theirs}[:{hub.rows}]"
     try:
-        rows = load_dataset(hub.path, hub.config, data_files=files, split=part)
+        rows = load_dataset(hub.path, hub.config, data_files=files, split=part,
+                            revision=hub.revision)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"data: {name} ({hub.path}) could not be had from the hub: {line[:160]}; "
