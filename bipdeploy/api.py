@@ -89,7 +89,9 @@ def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None
     """Write the report of a run anew from its artefacts; returns the folder with `report.html`."""
     folder = Path(run_folder)
     manifest = artifacts.read_json(folder / artifacts.MANIFEST)
-    recipe = Recipe.model_validate(manifest["recipe"])
+    if "recipe" not in manifest:
+        raise InputError(f"{folder} is not a run's folder; give the one above it")
+    recipe = recipe_file.build(manifest["recipe"], str(folder / artifacts.MANIFEST))
     inputs = {name: folder / name for name in pipeline.STAGES["report"].inputs}
     pipeline.run_stage("report", recipe, inputs, Path(out), "", reporter or Silent())
     return Path(out)

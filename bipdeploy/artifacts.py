@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bipdeploy.errors import InputError, StageError
+from bipdeploy.errors import BipdeployError, InputError, StageError
 
 MANIFEST = "manifest.json"
 FIGURES = "figures.json"
@@ -36,8 +36,7 @@ def writing(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot write to {final.parent}: {error.strerror}; give another folder "
-                         "with --runs or --out") from error
+        raise unwritable(final.parent, error) from error
     try:
         yield partial
         if final.exists():
@@ -46,15 +45,23 @@ def writing(final: Path) -> Iterator[Path]:
         partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if _disk_full(error):
-            raise StageError(f"the disk is full while writing {final}; free some space and run "
-                             "again, earlier stages are kept") from error
+        if disk_full(error):
+            raise unwritable(final, error) from error
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _disk_full(error: BaseException) -> bool:
+def unwritable(path: Path, error: BaseException) -> BipdeployError:
+    """What to raise where something cannot be written: a full disk is no fault of the input."""
+    if disk_full(error):
+        return StageError(f"the disk is full while writing {path}; free some space and run again, "
+                          "earlier stages are kept")
+    return InputError(f"cannot write to {path}: {getattr(error, 'strerror', None) or error}; give "
+                      "another folder with --runs or --out")
+
+
+def disk_full(error: BaseException) -> bool:
     """safetensors reports a full disk in words, Python by number."""
     number = error.errno if isinstance(error, OSError) else None
     return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
@@ -63,8 +70,12 @@ def _disk_full(error: BaseException) -> bool:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2, sort_keys=False, default=str) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(data, indent=2, sort_keys=False, default=str) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
 def read_json(path: Path) -> Any:

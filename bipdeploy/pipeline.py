@@ -148,9 +148,9 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
             raise
         except MemoryError as error:
             raise _out_of_memory(name) from error
-        except OSError:
-            raise  # `writing` tells a full disk from other faults
         except Exception as error:
+            if artifacts.disk_full(error):
+                raise  # `writing` says so
             if "out of memory" in str(error).lower():
                 raise _out_of_memory(name) from error
             line = textwrap.shorten(str(error), 200) or "no message"
@@ -241,8 +241,7 @@ def _writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}; give another folder with "
-                         "--runs") from error
+        raise artifacts.unwritable(folder, error) from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write to {folder}: permission denied; give another folder with "
                          "--runs")

@@ -31,8 +31,9 @@ def model_folder(model: str, revision: str | None = None, *, code: bool = False)
         return BUILTIN_FOLDER / name
     path = Path(model).expanduser()
     if path.is_dir():
-        inner = path / "model"  # the folder that a prune or recover stage wrote
-        return inner if not (path / "config.json").exists() and inner.is_dir() else path
+        # What a prune or recover stage wrote has `model` inside, an export stage `transformers`.
+        places = [path, path / "model", path / "transformers"]
+        return next((p for p in places if (p / "config.json").exists()), path)
     if path.exists():
         raise InputError(f"model.id: {model!r} is a file; give the folder that holds config.json")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:

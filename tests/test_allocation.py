@@ -258,11 +258,12 @@ def test_global_pruning_spares_the_blocks_with_high_scores():
     assert widths[-1] == arch.blocks[-1]
 
 
-def test_scores_that_are_not_comparable_are_standardised():
-    arch = ARCHITECTURES["pico"]
+@pytest.mark.parametrize("name", ["pico", "heavy-heads", "many-blocks", "already-pruned"])
+def test_scores_that_are_not_comparable_are_standardised(name):
+    arch = ARCHITECTURES[name]
     scores = draw_scores(arch)
-    rescaled = [BlockScores([10.0 ** i * s + i for s in b.heads],
-                            [10.0 ** i * s + i for s in b.ffn]) for i, b in enumerate(scores)]
+    rescaled = [BlockScores([3.0 ** i * s + i for s in b.heads],
+                            [3.0 ** i * s + i for s in b.ffn]) for i, b in enumerate(scores)]
     asked = section(0.3, "global")
     plain = global_widths(arch, asked, scores, comparable=False)
     assert global_widths(arch, asked, rescaled, comparable=False) == plain

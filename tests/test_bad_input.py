@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bipdeploy import artifacts
+from bipdeploy.errors import StageError
 from bipdeploy.pipeline import STAGES
 from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message
 from tests.tiny import PICO
@@ -335,6 +337,29 @@ def test_a_full_disk_keeps_the_earlier_stages(tmp_path, words):
         subprocess.run(["umount", runs], check=True)
 
 
+@pytest.mark.parametrize("inodes", range(1, 7))
+def test_a_disk_that_is_full_at_any_moment_of_a_stage(tmp_path, words, inodes):
+    # The files of the first stage and the run's manifest take seven: at each count, another fails.
+    runs = mounted(tmp_path / "runs", f"size=5m,nr_inodes={inodes}")
+    try:
+        done = bipdeploy_here("run", SMOKE, "--runs", runs, "--until", "score", "--set",
+                              f"calibration.data={words}")
+        refused(done, 1, "the disk is full while writing", str(runs))
+        assert stages(runs) == (["score"] if inodes == 6 else [])
+    finally:
+        subprocess.run(["umount", runs], check=True)
+
+
+def test_a_json_file_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
+    folder = mounted(tmp_path / "small", "size=64k")
+    try:
+        with pytest.raises(StageError, match="the disk is full while writing"):
+            artifacts.write_json(folder / "a.json", "x" * 200_000)
+        assert list(folder.iterdir()) == []
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def test_a_file_that_the_system_will_not_let_grow_keeps_the_earlier_stages(tmp_path, words):
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -372,6 +397,18 @@ def test_an_input_of_a_stage_that_is_missing(tmp_path, monkeypatch, command, wor
     monkeypatch.chdir(tmp_path)
     refused(bipdeploy_here(*command, "--out", tmp_path / "out"), 2, word)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_s_folder_where_a_run_s_is_wanted(tmp_path, smoke):
+    refused(bipdeploy_here("report", smoke.folder / "score", "--out", tmp_path / "out"), 2,
+            "is not a run's folder")
+
+
+def test_a_run_s_manifest_that_this_version_does_not_accept(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"recipe": {"name": "old", "model": {"id": "x"}}}')
+    done = bipdeploy_here("report", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert message(done)[-1] == "  prune: required, and missing"
 
 
 def test_a_ratio_of_a_stage_outside_0_to_1(tmp_path, smoke):

@@ -178,6 +178,44 @@ def test_the_strict_bound_holds_where_the_input_turns_around(variant):
 
 
 @torch.no_grad()
+def one_channel(folder: Path, *, gate: float, up: float, gate_bias: float,
+                up_bias: float) -> Block:
+    """A block in float64 whose FFN is one channel that reads and writes coordinate 0 only."""
+    block, _ = blocks_in_double(tiny_model(folder, mlp_bias=True))[0]
+    mlp = block.layer.mlp
+    for parameter in mlp.parameters():
+        parameter.zero_()
+    block.layer.post_attention_layernorm.weight.fill_(1)
+    mlp.gate_proj.weight[0, 0], mlp.up_proj.weight[0, 0] = gate, up
+    mlp.gate_proj.bias[0], mlp.up_proj.bias[0] = gate_bias, up_bias
+    mlp.down_proj.weight[0, 0] = 1
+    return block
+
+
+@torch.no_grad()
+def test_the_strict_bound_is_reached(tmp_path):
+    """The input turns around where silu is steepest: the bound is equal to the change."""
+    block = one_channel(tmp_path / "model", gate=1e-3, up=0, gate_bias=2.3994, up_bias=1)
+    u = torch.zeros(1, 64, dtype=torch.float64)
+    u[0, 0] = 3
+    delta = -2 * u
+    change = float((block.ffn(u + delta) - block.ffn(u)).norm())
+    bound = float(strict_bound(block, delta, u, 1e-6) - delta.norm())
+    assert change <= bound < 1.001 * change
+
+
+@torch.no_grad()
+def test_the_strict_bound_covers_what_is_flat_to_first_order(tmp_path):
+    """Gate and up are both zero before: their product has no slope, and changes all the same."""
+    block = one_channel(tmp_path / "model", gate=5, up=5, gate_bias=0, up_bias=0)
+    u, delta = torch.zeros(2, 1, 64, dtype=torch.float64)
+    u[0, 1], delta[0, 0] = 1, 2
+    change = float((block.ffn(u + delta) - block.ffn(u)).norm())
+    assert change > 100
+    assert change <= float(strict_bound(block, delta, u, 1e-6) - delta.norm())
+
+
+@torch.no_grad()
 def test_the_strict_bound_vanishes_with_the_perturbation(tiny):
     eps = walk(tiny).config.rms_norm_eps
     for block, u, delta in each_head_group(tiny):

@@ -146,6 +146,12 @@ def test_an_empty_file_is_refused_and_named(tmp_path, suffix):
         text.read(str(path), "test")
 
 
+def test_a_file_of_blank_lines_is_refused_and_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text("\n\n")
+    with pytest.raises(InputError, match=r"t\.jsonl"):
+        text.read(str(tmp_path / "t.jsonl"), "test")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, suffix):
     path = tmp_path / f"t.{suffix}"

@@ -314,13 +314,15 @@ def test_the_stages_one_by_one_on_plain_paths_give_the_same_as_a_run(smoke, tmp_
     command("recover", "builtin:pico", tmp_path / "p", "--out", tmp_path / "r", *calibration)
     command("export", tmp_path / "r", "--out", tmp_path / "x")
     capsys.readouterr()
-    command("evaluate", "builtin:pico", tmp_path / "x" / "transformers", "--out", tmp_path / "e",
-            "--set", "evaluate.perplexity.max_tokens=8192")
+    command("evaluate", "builtin:pico", tmp_path / "x", "--out", tmp_path / "e", "--set",
+             "evaluate.perplexity.max_tokens=8192")
     shown = capsys.readouterr().out
     assert "Perplexity" in shown and f"wrote {tmp_path / 'e'}" in shown
     command("gate", tmp_path / "e", tmp_path / "p", "--out", tmp_path / "g",
             "--set", "gates.perplexity.ratio.max=5")
     assert "passed  perplexity.ratio" in capsys.readouterr().out
+    command("report", smoke.folder, "--out", tmp_path / "report")
+    assert (tmp_path / "report" / "report.html").is_file()
     for ours, theirs in (("s/scores.safetensors", "score/scores.safetensors"),
                          ("p/model", "prune/model"), ("r/model", "recover/model"),
                          ("x/transformers/model.safetensors",

@@ -198,6 +198,27 @@ def test_cached_generation_with_mixed_layer_types(family, choice, tmp_path):
     assert_cache_changes_nothing(write_sliced(source, tmp_path / "sliced", kept))
 
 
+@pytest.mark.parametrize("choice", ["per-block", "first-attention-removed", "block-removed"])
+def test_a_static_cache_holds_blocks_of_different_widths(variant, choice, tmp_path):
+    kept = draw_kept(architecture_of(variant), CHOICES[choice], seed=2)
+    model, ids = loaded(write_sliced(variant, tmp_path / "sliced", kept)), token_windows(1, 13)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False,
+                "pad_token_id": 0, "eos_token_id": None}
+    found = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)
+    assert torch.equal(found, model.generate(ids, use_cache=False, **settings))
+
+
+def test_the_attention_implementation_reaches_every_block(variant, tmp_path):
+    kept = draw_kept(architecture_of(variant), CHOICES["per-block"])
+    model, ids = loaded(write_sliced(variant, tmp_path / "sliced", kept)), token_windows(2, 24)
+    before = logits(model, ids)
+    model.set_attn_implementation("eager")
+    for layer in model.model.layers:
+        assert layer.self_attn.config._attn_implementation == "eager"
+    difference = largest_difference(logits(model, ids), before)
+    assert difference < 1e-4
+
+
 @pytest.mark.parametrize("choice", ["uniform", "per-block", "first-attention-removed"])
 def test_a_sliced_model_survives_saving_and_loading(variant, choice, tmp_path):
     kept = draw_kept(architecture_of(variant), CHOICES[choice])

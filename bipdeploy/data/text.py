@@ -127,9 +127,9 @@ def _from_file(path: Path, field: str) -> list[str]:
 
     try:
         rows = load_dataset(LOCAL_SUFFIXES[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise InputError(f"data: {path} is not readable as {path.suffix[1:]}: "
-                         f"{str(error).splitlines()[0]}") from error
+    except (DatasetGenerationError, OSError, ValueError, StopIteration) as error:
+        line = (str(error).strip() or "it has no rows").splitlines()[0]
+        raise InputError(f"data: {path} is not readable as {path.suffix[1:]}: {line}") from error
     if field not in rows.column_names:
         raise InputError(f"field: {path} has no column {field!r}"
                          f"{did_you_mean(field, rows.column_names)}")
