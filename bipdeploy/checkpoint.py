@@ -58,7 +58,7 @@ class Checkpoint:
                 raise InputError(f"{self.folder} has only pickled weights ({pickled[0]}), which "
                                  "are not opened; save the model as safetensors first")
             raise InputError(f"{self.folder} has no {SINGLE}")
-        with _opened(single) as file:
+        with opened(single) as file:
             return dict.fromkeys(file.keys(), single)
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ class Checkpoint:
             by_file.setdefault(self.files[name], []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         for path, wanted in by_file.items():
-            with _opened(path) as file:
+            with opened(path) as file:
                 absent = sorted(set(wanted) - set(file.keys()))
                 if absent:
                     raise InputError(f"{path} lacks tensor {absent[0]}, which {INDEX} places "
@@ -91,7 +91,8 @@ class Checkpoint:
         return [n for n in self.files if not n.startswith("model.layers.")]
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """An open safetensors file. Raises InputError where it is damaged or cut off."""
     from safetensors import SafetensorError, safe_open
 
     try:

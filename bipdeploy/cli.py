@@ -54,16 +54,17 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
     """Check recipes without loading anything; every fault is reported at once."""
     from rich.markup import escape
 
-    from bipdeploy import console, recipe_file
-    from bipdeploy.errors import InputError
+    from bipdeploy import console, pipeline, recipe_file
+    from bipdeploy.errors import InputError, RecipeError
 
     faulty = []
     for path in recipes:
         try:
-            recipe_file.load(path, settings or [])
+            pipeline.check_offline(recipe_file.load(path, settings or []))
             console.out.print("[green]ok[/] ", escape(str(path)))
         except InputError as error:
-            faulty.append(str(error))
+            named = isinstance(error, RecipeError) or str(path) in str(error)
+            faulty.append(str(error) if named else f"{path}: {error}")
     if faulty:
         raise InputError("\n".join(faulty))
 

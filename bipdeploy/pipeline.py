@@ -49,7 +49,8 @@ STAGES: dict[str, Stage] = {
     "score": Stage(("model", "calibration", "score", "seed"), ("dense",)),
     "prune": Stage(("prune",), ("dense", "score")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
-    "export": Stage(("export", "model", "name"), ("pruned",)),
+    "export": Stage(("export", "model", "name", "score", "prune", "recover"),
+                    ("pruned", "prune")),
     "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported")),
     "bench": Stage(("bench", "model"), ("dense", "exported"), timed=True),
     "gate": Stage(("gates",), ("prune", "evaluate", "bench")),
@@ -219,22 +220,35 @@ def preflight(recipe: Recipe, dense: Path) -> None:
     if recipe.calibration.tokens > arch.max_positions:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
                          f"model's maximum of {arch.max_positions}; lower it")
-    checked = [("calibration.data", recipe.calibration.data)]
+    check_texts(recipe)
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
     if perplexity.enabled:
-        checked.append(("evaluate.perplexity.data", perplexity.data))
         for window in perplexity.windows:
             if isinstance(window, int) and window > arch.max_positions:
                 raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
                                  f"model's maximum of {arch.max_positions}; lower it or write max")
-    for name, data in checked:
-        fault = text.check(data)
-        if fault:
-            raise InputError(f"{name}: {fault}")
     if bench.enabled and bench.prompt_tokens + bench.new_tokens > arch.max_positions:
         raise InputError(f"bench.torch: prompt_tokens {bench.prompt_tokens} and new_tokens "
                          f"{bench.new_tokens} pass the model's maximum of {arch.max_positions}; "
                          "lower them")
+
+
+def check_texts(recipe: Recipe) -> None:
+    """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
+    named = {"calibration.data": recipe.calibration.data}
+    if recipe.evaluate.perplexity.enabled:
+        named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
+    faults = [f"{name}: {fault}" for name, data in named.items() if (fault := text.check(data))]
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def check_offline(recipe: Recipe) -> None:
+    """All of `preflight` that needs no network: a model on the hub is not looked at."""
+    if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
+        preflight(recipe, sources.model_folder(recipe.model.id))
+    else:
+        check_texts(recipe)
 
 
 def _writable(folder: Path) -> None:

@@ -416,3 +416,20 @@ def test_a_ratio_of_a_stage_outside_0_to_1(tmp_path, smoke):
                      tmp_path / "p")
     assert done.returncode == 2 and "prune.ratio: 1.5 is not accepted" in message(done)[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("calibration.data=wikitext3", ["calibration.data", "'wikitext2'"]),
+    ("evaluate.perplexity.data=missing.txt", ["evaluate.perplexity.data", "missing.txt"]),
+    ("prune.ratio=0.99", ["prune.ratio", "at most"]),
+    ("calibration.tokens=512", ["calibration.tokens", "256"])])
+def test_check_refuses_what_a_run_would_refuse_before_its_first_stage(override, words):
+    refused(bipdeploy_here("check", SMOKE, "--set", override), 2, "smoke.yaml", *words)
+
+
+def test_damaged_scores_are_named(tmp_path):
+    scores = tmp_path / "scores"
+    scores.mkdir()
+    (scores / "scores.safetensors").write_bytes(b"not a tensor")
+    refused(bipdeploy_here("prune", "builtin:pico", scores, "--ratio", "0.3", "--out",
+                           tmp_path / "out"), 2, "scores.safetensors", "damaged")

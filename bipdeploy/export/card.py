@@ -10,14 +10,12 @@ from bipdeploy.recipe import Recipe
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {base}
 tags: [pruned, bipdeploy]
 ---
 
-# {name}: {base}, structurally pruned
+# {title}
 
-{share:.0%} of the parameters of the transformer blocks were removed by `{criterion}`
-({layers} widths, repair: {repair}); {parameters:,} parameters remain. Made by bipdeploy {version}.
+{story}{parameters:,} parameters. Made by bipdeploy {version}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,21 +30,31 @@ tokenizer = AutoTokenizer.from_pretrained(PATH)
 |---|---|---|---|
 {rows}
 
-The licence of {base} applies to these weights too.
+The licence of the dense model applies to these weights too.
+"""
+
+_STORY = """{share:.0%} of the parameters of the transformer blocks of {base} were removed by
+`{criterion}` ({layers} widths, repair: {repair}).
+
 """
 
 
-def model_card(checkpoint: Checkpoint, recipe: Recipe, *, per_block: bool) -> str:
-    """Markdown that says what the model is, how it was made and how it is loaded."""
+def model_card(checkpoint: Checkpoint, recipe: Recipe | None, *, per_block: bool) -> str:
+    """Markdown that says what the model is, how it was made (by `recipe`, where one is known) and
+    how it is loaded."""
     arch = architecture(checkpoint.config)
     rows = "\n".join(f"| {i} | {w.heads} | {w.kv_heads} | {w.intermediate} |"
                      for i, w in enumerate(arch.blocks))
     needs = ("Blocks differ in width, so the folder carries its own model class; where bipdeploy "
              "is installed, `trust_remote_code` is not needed." if per_block else
              "The folder is a stock checkpoint: every block has the same widths.")
+    title, story = "A structurally pruned language model", ""
+    if recipe is not None:
+        title = f"{recipe.name}: {recipe.model.id}, structurally pruned"
+        story = _STORY.format(base=recipe.model.id, share=recipe.prune.ratio,
+                              criterion=recipe.score.criterion, layers=recipe.prune.layers,
+                              repair=recipe.recover.method)
     return _CARD.format(
-        base=recipe.model.id, name=recipe.name, share=recipe.prune.ratio,
-        criterion=recipe.score.criterion, layers=recipe.prune.layers,
-        repair=recipe.recover.method, parameters=arch.parameters(),
+        title=title, story=story, parameters=arch.parameters(),
         version=artifacts.version_of("bipdeploy"), rows=rows, needs=needs,
         arguments=", trust_remote_code=True" if per_block else "")

@@ -37,7 +37,8 @@ def export(job: Job, out: Path) -> dict[str, Any]:
     per_block = str(source.config["model_type"]).startswith(PER_BLOCK_PREFIX)
     if per_block:
         shutil.copyfile(modeling_bipdeploy.__file__, out / CODE_FILE)
-    (out / "README.md").write_text(model_card(source, job.recipe, per_block=per_block))
+    (out / "README.md").write_text(model_card(
+        source, job.recipe if "prune" in job.inputs else None, per_block=per_block))
     difference = logits_difference(job, source.folder, out)
     return {"architecture": source.config["architectures"][0],
             "needs": "trust_remote_code=True, or bipdeploy installed" if per_block

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bipdeploy.allocation import BlockScores
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
+from bipdeploy.checkpoint import opened
 from bipdeploy.criteria import CRITERIA
 from bipdeploy.criteria.llm_bip import head_bound, measured_change, rank_correlation
 from bipdeploy.criteria.statistics import BlockView, Scores, Statistics
@@ -97,7 +97,7 @@ def read_scores(folder: Path) -> list[BlockScores]:
     path = folder / SCORES if folder.is_dir() else folder
     if not path.is_file():
         raise InputError(f"{folder} holds no {SCORES}; give what `bipdeploy score` wrote")
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         count = len({name.split(".")[1] for name in file.keys()})
         return [BlockScores(file.get_tensor(f"block.{i}.heads").tolist(),
                             file.get_tensor(f"block.{i}.ffn").tolist()) for i in range(count)]
