@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.checkpoint import Checkpoint, require_finite
 from bipdeploy.errors import InputError
 from bipdeploy.families import architecture, family_of
 from bipdeploy.modeling import loading
@@ -149,12 +149,8 @@ class BlockWalker:
             yield self.block(index, tokens)
 
     def _checked(self, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-        placed = {}
-        for name, tensor in tensors.items():
-            placed[name] = tensor.to(self.device, self.dtype)
-            if not self._torch.isfinite(placed[name]).all():
-                raise InputError(f"{self.checkpoint.folder}: tensor {prefix}{name} holds NaN or "
-                                 "infinite values; the checkpoint is damaged")
+        placed = {name: t.to(self.device, self.dtype) for name, t in tensors.items()}
+        require_finite(placed, self.checkpoint.folder, prefix)
         return placed
 
     def _forward_arguments(self, layer: torch.nn.Module, tokens: int) -> dict[str, Any]:

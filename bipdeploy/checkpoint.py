@@ -91,6 +91,14 @@ class Checkpoint:
         return [n for n in self.files if not n.startswith("model.layers.")]
 
 
+def require_finite(tensors: Mapping[str, torch.Tensor], folder: Path, prefix: str = "") -> None:
+    """Raise InputError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{folder}: tensor {prefix}{name} holds NaN or infinite values; the "
+                             "checkpoint is damaged")
+
+
 def opened(path: Path) -> Any:
     """An open safetensors file. Raises InputError where it is damaged or cut off."""
     from safetensors import SafetensorError, safe_open

@@ -30,6 +30,8 @@ class Family:
     class_prefix: str  # of the classes in transformers.models.<model_type>
     attention_bias: bool = False  # q, k and v have biases whatever the config says
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, shared by all heads
+    head_dim: int | None = None  # where config.json does not say; else hidden size / heads
+    kv_heads: int | None = None  # where config.json does not say; else as many as query heads
     query_rows: tuple[str, ...] = ("self_attn.q_proj.weight", "self_attn.q_proj.bias")
     kv_rows: tuple[str, ...] = ("self_attn.k_proj.weight", "self_attn.k_proj.bias",
                                 "self_attn.v_proj.weight", "self_attn.v_proj.bias")
@@ -43,9 +45,9 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "Llama"),
-        Family("mistral", "Mistral"),
+        Family("mistral", "Mistral", kv_heads=8),
         Family("qwen2", "Qwen2", attention_bias=True),
-        Family("qwen3", "Qwen3", qk_norm=True),
+        Family("qwen3", "Qwen3", qk_norm=True, head_dim=128),
     )
 }
 
@@ -142,13 +144,14 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         own = {**config, **overrides.get(i, {})}
         skipped = own.get("skip") or ()
         queries = 0 if "attention" in skipped else own["num_attention_heads"]
-        kv = 0 if "attention" in skipped else own.get("num_key_value_heads") or queries
+        kv = 0 if "attention" in skipped else (
+            own.get("num_key_value_heads") or family.kv_heads or queries)
         blocks.append(BlockWidths(queries, kv, 0 if "mlp" in skipped else own["intermediate_size"]))
     stated_bias = bool(config.get("attention_bias", False))
     return Architecture(
         family=family,
         hidden=config["hidden_size"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=config.get("head_dim") or family.head_dim or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family.attention_bias or stated_bias,

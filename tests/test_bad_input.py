@@ -16,7 +16,7 @@ from bipdeploy import artifacts
 from bipdeploy.errors import StageError
 from bipdeploy.pipeline import STAGES
 from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message
-from tests.tiny import PICO
+from tests.tiny import PICO, tiny_model
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
@@ -433,3 +433,15 @@ def test_damaged_scores_are_named(tmp_path):
     (scores / "scores.safetensors").write_bytes(b"not a tensor")
     refused(bipdeploy_here("prune", "builtin:pico", scores, "--ratio", "0.3", "--out",
                            tmp_path / "out"), 2, "scores.safetensors", "damaged")
+
+
+def test_nan_outside_the_blocks_is_named_too(tmp_path):
+    model = tiny_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    few = ["--set", "calibration.samples=4"]
+    assert bipdeploy_here("score", model, "--out", tmp_path / "scores", *few).returncode == 0
+    refused(bipdeploy_here("prune", model, tmp_path / "scores", "--ratio", "0.3", "--out",
+                           tmp_path / "out", "--set", "prune.round_to=8"),
+            2, "model.norm.weight", "NaN")

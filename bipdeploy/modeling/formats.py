@@ -28,7 +28,7 @@ def pruned_config(source: Mapping[str, Any], arch: Architecture,
     Different widths, or removed parts, give the per-block format.
     """
     kept = {k: v for k, v in source.items() if k not in _REPLACED}
-    kept["head_dim"] = arch.head_dim
+    kept |= {"head_dim": arch.head_dim, "max_position_embeddings": arch.max_positions}
     family = arch.family.model_type
     first = blocks[0]
     if len(set(blocks)) == 1 and first.heads and first.intermediate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bipdeploy import artifacts
 from bipdeploy.allocation import allocate
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.checkpoint import Checkpoint, CheckpointWriter, require_finite
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.figures import compared
@@ -31,7 +31,9 @@ def run(job: Job) -> None:
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
-        writer.add(dense.tensors(dense.outside_blocks()))
+        outside = dense.tensors(dense.outside_blocks())
+        require_finite(outside, dense.folder)  # scoring reads no final norm and no head
+        writer.add(outside)
         for index, choice in enumerate(kept):
             writer.add(slice_block(dense.block(index), arch, index, choice),
                        f"model.layers.{index}.")
