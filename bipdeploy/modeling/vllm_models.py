@@ -6,12 +6,13 @@ without attention keeps no KV cache.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from vllm.model_executor.models.qwen2 import Qwen2DecoderLayer, Qwen2Model
+from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -63,12 +64,14 @@ class PerBlockLlamaLayer(PerBlockLayer, LlamaDecoderLayer):
         self._remove_parts(own, prefix)
 
 
-class PerBlockQwen2Layer(PerBlockLayer, Qwen2DecoderLayer):
-    def __init__(self, config: Any, cache_config: Any = None, quant_config: Any = None,
-                 prefix: str = ""):
-        own = _own(config, prefix)
-        Qwen2DecoderLayer.__init__(self, own, cache_config, quant_config, prefix)
-        self._remove_parts(own, prefix)
+class PerBlockQwen2Layer(PerBlockLlamaLayer):
+    """A LLaMA layer with biases on q, k and v: vLLM's own Qwen2 layer takes the head size from the
+    hidden size and the number of heads, which no longer agree once heads are pruned."""
+
+    def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None):
+        biased = copy.copy(config or vllm_config.model_config.hf_config)
+        biased.qkv_bias = True
+        super().__init__(vllm_config, prefix, biased)
 
 
 class PerBlockQwen3Layer(PerBlockLayer, Qwen3DecoderLayer):
@@ -90,8 +93,7 @@ class BipdeployMistralForCausalLM(BipdeployLlamaForCausalLM):
 
 class BipdeployQwen2ForCausalLM(LlamaForCausalLM):
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
-        return Qwen2Model(vllm_config=vllm_config, prefix=prefix,
-                          decoder_layer_type=PerBlockQwen2Layer)
+        return LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=PerBlockQwen2Layer)
 
 
 class BipdeployQwen3ForCausalLM(LlamaForCausalLM):
