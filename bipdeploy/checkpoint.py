@@ -183,8 +183,3 @@ def write_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of all safetensors files in a checkpoint folder."""
-    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
