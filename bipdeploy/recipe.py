@@ -33,6 +33,14 @@ class ModelSection(Section):
         False, description="Run Python code that the checkpoint ships. Off unless you say so.")
 
 
+class HardwareSection(Section):
+    """What the pruned model will run on."""
+
+    tensor_parallel: PositiveInt = Field(
+        1, description="GPUs that vLLM splits every layer over. Widths are chosen so that heads "
+        "and FFN channels divide by it.")
+
+
 class TextSection(Section):
     """A text: built in, a local file, or a data set on the hub."""
 
@@ -127,10 +135,23 @@ class TransformersExport(Section):
     enabled: bool = Field(True, description="Write this target.")
 
 
+class VllmExport(Section):
+    """A folder that vLLM serves, checked in every engine that is installed."""
+
+    enabled: bool = Field(False, description="Write this target.")
+    prompts: PositiveInt = Field(4, description="Prompts of random tokens that every engine "
+                                 "continues; lengths differ.")
+    new_tokens: PositiveInt = Field(16, description="Tokens that are generated for each, greedily.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of the comparison. In float32 the tokens must be equal; in 16 "
+        "bits only the log-probabilities are judged, since rounding turns greedy choices.")
+
+
 class ExportSection(Section):
     """What is written for others to load; one field per target in the exporters' table."""
 
     transformers: TransformersExport = Field(default_factory=TransformersExport)
+    vllm: VllmExport = Field(default_factory=VllmExport)
 
 
 class PerplexitySection(TextSection):
@@ -163,10 +184,42 @@ class TorchBench(Section):
     memory: bool = Field(True, description="Measure peak memory, each model in its own process.")
 
 
+class VllmBench(Section):
+    """Throughput and latency in vLLM, by its own benchmark tools, dense beside pruned."""
+
+    enabled: bool = Field(False, description="Measure it.")
+    prompt_tokens: PositiveInt = Field(128, description="Tokens of each prompt.")
+    new_tokens: int = Field(64, ge=2, description="Tokens generated for each prompt.")
+    requests: PositiveInt = Field(64, description="Requests in one measurement.")
+    concurrency: list[PositiveInt] = Field(
+        [1, 8], description="Numbers of requests in flight at which the server is measured.")
+    request_rates: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="Requests per second (Poisson) at which the server is measured.")
+    rounds: int = Field(3, ge=2, description="Measurements of each point of each server. Both "
+                        "servers are up at once and take turns.")
+    offline_rounds: int = Field(2, ge=2, description="Runs of the throughput and the latency tool "
+                                "for each model, in turns. Every run starts an engine.")
+    latency_batch: PositiveInt = Field(8, description="Sequences at once in the latency tool.")
+    eager: Literal["auto"] | bool = Field(
+        "auto", description="Neither torch.compile nor CUDA graphs. `auto`: only on a CPU, where "
+        "compiling takes minutes.")
+    gpu_memory: Share = Field(0.42, description="Share of the GPU's memory that each of the two "
+                              "servers takes.")
+    cpu_cache_gib: PositiveInt = Field(1, description="KV cache of each server on a CPU, GiB.")
+
+    @model_validator(mode="after")
+    def _some_load(self) -> VllmBench:
+        if not (self.concurrency or self.request_rates):
+            raise ValueError("concurrency and request_rates are both empty; give one of them a "
+                             "value")
+        return self
+
+
 class BenchSection(Section):
     """How fast the pruned model is, beside the dense one in the same run."""
 
     torch: TorchBench = Field(default_factory=TorchBench)
+    vllm: VllmBench = Field(default_factory=VllmBench)
 
 
 class Bounds(Section):
@@ -191,6 +244,7 @@ class Recipe(Section):
                       description="Names the run's folder under runs/.")
     seed: int = Field(0, ge=0, description="Draws the calibration windows and random scores.")
     model: ModelSection
+    hardware: HardwareSection = Field(default_factory=HardwareSection)
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
     score: ScoreSection = Field(default_factory=ScoreSection)
     prune: PruneSection
