@@ -70,8 +70,8 @@ def evaluate(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str
 def bench(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
           reporter: Reporter | None = None) -> Path:
     """Time a pruned model against the dense one; returns the folder of figures."""
-    return _stage("bench", model, {"exported": sources.model_folder(str(pruned))}, out, settings,
-                  reporter)
+    folder = sources.model_folder(str(pruned))
+    return _stage("bench", model, {"exported": folder, "served": folder}, out, settings, reporter)
 
 
 def gate(folders: Sequence[PathLike], out: PathLike, settings: Sequence[str],

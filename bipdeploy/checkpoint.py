@@ -61,6 +61,19 @@ class Checkpoint:
         with opened(single) as file:
             return dict.fromkeys(file.keys(), single)
 
+    def verify(self) -> None:
+        """Open every shard, and find every tensor where the index places it.
+
+        Reads the shards' headers only. Raises InputError naming the file that is cut off, or the
+        tensor that is not there.
+        """
+        for path in sorted(set(self.files.values())):
+            with opened(path) as file:
+                absent = {n for n, at in self.files.items() if at == path} - set(file.keys())
+            if absent:
+                raise InputError(f"{path} lacks tensor {min(absent)}, which {INDEX} places "
+                                 "there; copy it again")
+
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Load tensors by name, to the CPU and as stored. Raises InputError for an absent one."""
         by_file: dict[Path, list[str]] = {}

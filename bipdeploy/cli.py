@@ -69,6 +69,21 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
         raise InputError("\n".join(faulty))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context,
+          path: Annotated[str, typer.Argument(
+              help="A run such as runs/quickstart, an exported folder, or a model.")],
+          host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+          port: Annotated[int, typer.Option(
+              help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+          verbose: Annotated[bool, typer.Option(
+              "--verbose", help="Show vLLM's log from the start.")] = False) -> None:
+    """Serve a model with vLLM's OpenAI-compatible server; further options go to `vllm serve`."""
+    from bipdeploy.serving import command
+
+    command.serve(path, host, port, context.args, verbose)
+
+
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for completion in an editor."""

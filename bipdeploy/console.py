@@ -80,6 +80,19 @@ def bar(name: str) -> Iterator[Bar]:
         shown.done()
 
 
+@contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Say what is being waited for, on stderr; a clock runs beside it where that is a terminal."""
+    if not err.is_terminal:
+        err.print(what, markup=False)
+        yield
+        return
+    columns = (TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own bars, hints and retries off the screen; what they raise comes
     through."""

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bipdeploy.recipe import Recipe
+    from bipdeploy.recipe import Recipe, VllmBench
 
 COMPARED = ("dense", "pruned", "ratio")
 TIMED = ("dense", "pruned", "speedup")
+VLLM_PERCENTILES = (50, 90, 99)
 
 
 def expected(recipe: Recipe) -> set[str]:
@@ -28,7 +29,26 @@ def expected(recipe: Recipe) -> set[str]:
         names |= {f"{base}.{kind}" for base in ("prefill", "decode", "ttft") for kind in TIMED}
         if bench.memory:
             names |= {f"memory.{kind}" for kind in COMPARED}
+    if recipe.bench.vllm.enabled:
+        names |= {f"{base}.{kind}" for base in vllm_names(recipe.bench.vllm) for kind in TIMED}
+        names |= {f"vllm.{base}.{kind}" for base in ("kv_tokens", "startup") for kind in COMPARED}
+    if recipe.export.vllm.enabled:
+        names.add("vllm.verified")
     return names
+
+
+def load_points(section: VllmBench) -> dict[str, dict[str, float]]:
+    """Name of every load at which vLLM's server is measured → flags of its benchmark tool."""
+    return {**{f"c{count}": {"max_concurrency": count} for count in section.concurrency},
+            **{f"r{rate:g}": {"request_rate": rate} for rate in section.request_rates}}
+
+
+def vllm_names(section: VllmBench) -> list[str]:
+    """`vllm.throughput`, `vllm.latency`, and what is measured at every load of the server."""
+    measures = ["requests", "output_tokens"] + [
+        f"{metric}.p{p}" for metric in ("ttft", "tpot", "itl") for p in VLLM_PERCENTILES]
+    return ["vllm.throughput", "vllm.latency"] + [
+        f"vllm.serve.{point}.{measure}" for point in load_points(section) for measure in measures]
 
 
 def perplexity_names(windows: Sequence[int | str]) -> list[str]:

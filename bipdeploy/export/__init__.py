@@ -28,4 +28,5 @@ class Exporter:
 # Keys are the fields of the recipe's export section and the folders' names.
 EXPORTERS: dict[str, Exporter] = {
     "transformers": Exporter("transformers:export", "safetensors for AutoModelForCausalLM"),
+    "vllm": Exporter("vllm:export", "safetensors that vLLM serves"),
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +11,8 @@ from bipdeploy.blocks import BlockWalker
 from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import StageError
 from bipdeploy.export.card import model_card
-from bipdeploy.families import PER_BLOCK_PREFIX
-from bipdeploy.modeling import loading, modeling_bipdeploy
-from bipdeploy.modeling.formats import CODE_FILE
+from bipdeploy.export.folder import add_code, copy_checkpoint, is_per_block
+from bipdeploy.modeling import loading
 
 if TYPE_CHECKING:
     from bipdeploy.stages.job import Job
@@ -28,17 +25,12 @@ PROBE_TOKENS = 64
 def export(job: Job, out: Path) -> dict[str, Any]:
     """Write the folder and load it back; its logits must equal those of the repaired model."""
     source = Checkpoint(job.inputs["pruned"])
-    out.mkdir(parents=True)
-    for path in sorted(source.folder.iterdir()):
-        if path.suffix == ".safetensors":
-            _link_or_copy(path, out / path.name)
-        elif path.is_file():
-            shutil.copyfile(path, out / path.name)
-    per_block = str(source.config["model_type"]).startswith(PER_BLOCK_PREFIX)
+    copy_checkpoint(source, out)
+    per_block = is_per_block(source.config)
     if per_block:
-        shutil.copyfile(modeling_bipdeploy.__file__, out / CODE_FILE)
+        add_code(out)
     (out / "README.md").write_text(model_card(
-        source, job.recipe if "prune" in job.inputs else None, per_block=per_block))
+        source, job.recipe if "prune" in job.inputs else None))
     difference = logits_difference(job, source.folder, out)
     return {"architecture": source.config["architectures"][0],
             "needs": "trust_remote_code=True, or bipdeploy installed" if per_block
@@ -68,11 +60,3 @@ def logits_difference(job: Job, source: Path, written: Path) -> float:
         raise StageError(f"the exported model does not agree with the one it was made from: logits "
                          f"differ by {difference:.3g}, allowed {TOLERANCE[walker.dtype]:g}")
     return difference
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it: weights are large and do not change."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -11,11 +11,12 @@ from typing import Any
 from bipdeploy.families import PER_BLOCK_PREFIX, Architecture, BlockWidths
 
 CODE_FILE = "modeling_bipdeploy.py"
+ZERO_ATTENTION = "zero_attention"  # key of the blocks whose attention is there, and all zeros
 
 # Keys of the source that describe the old widths or the old class.
 _REPLACED = {"architectures", "auto_map", "per_layer_config", "model_type",
              "allow_global_per_layer_attribute_access", "num_attention_heads",
-             "num_key_value_heads", "intermediate_size", "head_dim"}
+             "num_key_value_heads", "intermediate_size", "head_dim", ZERO_ATTENTION}
 
 
 def pruned_config(source: Mapping[str, Any], arch: Architecture,
@@ -40,6 +41,29 @@ def pruned_config(source: Mapping[str, Any], arch: Architecture,
             return {**kept, **widths, "model_type": "mistral", "sliding_window": None,
                     "architectures": ["MistralForCausalLM"]}
     return {**kept, **_per_block(blocks), **_class_names(arch)}
+
+
+def vllm_config(config: Mapping[str, Any], arch: Architecture,
+                tensor_parallel: int = 1) -> dict[str, Any]:
+    """The `config.json` under which vLLM serves a pruned checkpoint; often the same.
+
+    Blocks without attention get one KV head and `tensor_parallel` query heads, and are listed
+    under `ZERO_ATTENTION`. What vLLM's stock class would misread gets ours.
+    """
+    removed = [i for i, widths in enumerate(arch.blocks) if not widths.heads]
+    blocks = [BlockWidths(w.heads or tensor_parallel, w.kv_heads or 1, w.intermediate)
+              for w in arch.blocks]
+    if not (removed or misread(config, arch)):
+        return dict(config)
+    kept = {k: v for k, v in config.items() if k not in _REPLACED}
+    kept |= {"head_dim": arch.head_dim, **_per_block(blocks), **_class_names(arch)}
+    return {**kept, ZERO_ATTENTION: removed} if removed else kept
+
+
+def misread(config: Mapping[str, Any], arch: Architecture) -> bool:
+    """Whether vLLM's stock class takes a stock configuration for another model: a Qwen2's head
+    size is the hidden size by the number of heads there, whatever `head_dim` says."""
+    return config["model_type"] == "qwen2" and arch.blocks[0].heads * arch.head_dim != arch.hidden
 
 
 def _class_names(arch: Architecture) -> dict[str, Any]:

@@ -7,6 +7,7 @@ without attention keeps no KV cache.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.utils import extract_layer_index
 
+from bipdeploy.modeling.formats import ZERO_ATTENTION
+
 
 class PerBlockLayer:
     """Mixin of a decoder layer: its own widths, and parts that may be absent."""
@@ -23,9 +26,9 @@ class PerBlockLayer:
     self_attn: Any
     mlp: Any
 
-    def _remove_parts(self, own: Any, prefix: str) -> None:
+    def _remove_parts(self, config: Any, own: Any, prefix: str) -> None:
         skipped = set(getattr(own, "skip", None) or ())
-        if "attention" in skipped:
+        if "attention" in skipped or extract_layer_index(prefix) in _zero_attention(config):
             # Building the attention registered a KV cache for it.
             context = get_current_vllm_config().compilation_config.static_forward_context
             context.pop(f"{prefix}.self_attn.attn")
@@ -52,6 +55,11 @@ def _add_and_norm(norm: Any, hidden_states: torch.Tensor, residual: torch.Tensor
     return norm(hidden_states, residual)
 
 
+def _zero_attention(config: Any) -> list[int]:
+    """Blocks whose attention is written as zeros, for engines that cannot do without one."""
+    return getattr(config, ZERO_ATTENTION, None) or []
+
+
 def _own(config: Any, prefix: str) -> Any:
     index = extract_layer_index(prefix)
     return config.per_layer_config[index] if config.is_heterogeneous else config
@@ -59,9 +67,10 @@ def _own(config: Any, prefix: str) -> Any:
 
 class PerBlockLlamaLayer(PerBlockLayer, LlamaDecoderLayer):
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None):
-        own = _own(config or vllm_config.model_config.hf_config, prefix)
+        config = config or vllm_config.model_config.hf_config
+        own = _own(config, prefix)
         LlamaDecoderLayer.__init__(self, vllm_config, prefix, own)
-        self._remove_parts(own, prefix)
+        self._remove_parts(config, own, prefix)
 
 
 class PerBlockQwen2Layer(PerBlockLlamaLayer):
@@ -79,10 +88,20 @@ class PerBlockQwen3Layer(PerBlockLayer, Qwen3DecoderLayer):
                  prefix: str = ""):
         own = _own(config, prefix)
         Qwen3DecoderLayer.__init__(self, own, cache_config, quant_config, prefix)
-        self._remove_parts(own, prefix)
+        self._remove_parts(config, own, prefix)
 
 
-class BipdeployLlamaForCausalLM(LlamaForCausalLM):
+class PerBlockForCausalLM(LlamaForCausalLM):
+    """vLLM's LLaMA, which leaves out the weights of attentions that are not built."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        absent = tuple(f"model.layers.{index}.{part}." for index in _zero_attention(self.config)
+                       for part in ("self_attn", "input_layernorm"))
+        return super().load_weights((name, tensor) for name, tensor in weights
+                                    if not name.startswith(absent))
+
+
+class BipdeployLlamaForCausalLM(PerBlockForCausalLM):
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
         return LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=PerBlockLlamaLayer)
 
@@ -91,12 +110,12 @@ class BipdeployMistralForCausalLM(BipdeployLlamaForCausalLM):
     """The same layers; vLLM takes the sliding window from the cache configuration."""
 
 
-class BipdeployQwen2ForCausalLM(LlamaForCausalLM):
+class BipdeployQwen2ForCausalLM(PerBlockForCausalLM):
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
         return LlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=PerBlockQwen2Layer)
 
 
-class BipdeployQwen3ForCausalLM(LlamaForCausalLM):
+class BipdeployQwen3ForCausalLM(PerBlockForCausalLM):
     def _init_model(self, vllm_config: Any, prefix: str = "", layer_type: Any = None) -> Any:
         return Qwen2Model(vllm_config=vllm_config, prefix=prefix,
                           decoder_layer_type=PerBlockQwen3Layer)

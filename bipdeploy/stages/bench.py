@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bipdeploy.bench import torch_bench
+from bipdeploy.bench import torch_bench, vllm_bench
 from bipdeploy.stages.job import Job
 
 # Keys are the fields of the recipe's bench section.
 ENGINES: dict[str, Callable[[Job], tuple[dict[str, float], dict[str, Any]]]] = {
     "torch": torch_bench.run,
+    "vllm": vllm_bench.run,
 }
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
-from bipdeploy import artifacts, summary
+from bipdeploy import artifacts, summary, templates
 from bipdeploy.stages.job import Job
 from bipdeploy.stages.score import read_scores
 
-TEMPLATES = {"report.md": False, "report.html": True}  # name → escape HTML
+PAGES = ("report.md", "report.html")
 
 
 def run(job: Job) -> None:
@@ -33,11 +31,8 @@ def run(job: Job) -> None:
         "recipe_yaml": yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False),
         "notes": [f"{name}: {note}" for name, m in manifests.items() for note in m["notes"]],
         **collected}
-    for name, escape in TEMPLATES.items():
-        environment = Environment(autoescape=escape, undefined=StrictUndefined, trim_blocks=True,
-                                  lstrip_blocks=True)
-        source = (resources.files("bipdeploy") / "templates" / f"{name}.j2").read_text("utf-8")
-        (job.out / name).write_text(environment.from_string(source).render(**context), "utf-8")
+    for name in PAGES:
+        (job.out / name).write_text(templates.render(name, **context), "utf-8")
         job.reporter.advance()
     job.write("summary.json", {"figures": collected["figures"], "gates": collected["gates"],
                                "recipe": json.loads(job.recipe.model_dump_json())})

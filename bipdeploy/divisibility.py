@@ -1,0 +1,2 @@
+"""tmp"""
+def faults(arch, widths, n): return []

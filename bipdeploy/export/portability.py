@@ -1,0 +1,191 @@
+"""Which engine loads an exported checkpoint, and how: every way is tried in a fresh process.
+
+A way counts as verified when the engine continues several prompts as the sliced PyTorch model
+does: the same greedy tokens in float32, and log-probabilities that agree.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bipdeploy.errors import InputError
+from bipdeploy.serving import engine as engines
+from bipdeploy.serving import probe
+from bipdeploy.serving.engine import Engine
+
+VERIFIED, FAILED, NOT_RUN = "verified", "failed", "not run"
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way to load a checkpoint. `stock` and `per_block`: for which checkpoints it is a way."""
+
+    engine: str
+    title: str
+    how: str
+    stock: bool
+    per_block: bool
+    bipdeploy: bool = False
+    trust_remote_code: bool = False
+    model_impl: str | None = None  # of vLLM, where it is not to choose
+
+
+# Ways in the order of the table that the report and the model card show.
+ROUTES: dict[str, Route] = {
+    "transformers.stock": Route("transformers", "transformers", "as it is", True, False),
+    "transformers.remote_code": Route("transformers", "transformers", "trust_remote_code=True",
+                                      False, True, trust_remote_code=True),
+    "transformers.bipdeploy": Route("transformers", "transformers", "bipdeploy installed",
+                                    False, True, bipdeploy=True),
+    "vllm.stock": Route("vllm", "vLLM", "as it is", True, False),
+    "vllm.transformers_backend": Route("vllm", "vLLM", "Transformers backend, "
+                                       "--trust-remote-code", True, True, trust_remote_code=True,
+                                       model_impl="transformers"),
+    "vllm.plugin": Route("vllm", "vLLM", "bipdeploy installed", False, True, bipdeploy=True),
+}
+
+# How far log-probabilities of one model may lie apart between engines (natural logarithm).
+TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.5}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every engine is asked: prompts as token ids, and how to continue them."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+    dtype: str
+    device: str
+
+
+def not_run(why: str) -> dict[str, Any]:
+    return {"status": NOT_RUN, "why": why}
+
+
+def inapplicable(name: str, per_block: bool) -> str | None:
+    """Why a route is no way to load such a checkpoint; None where it is one."""
+    if per_block and not ROUTES[name].per_block:
+        return "no stock class holds blocks of different widths"
+    if not per_block and not ROUTES[name].stock:
+        return "not needed, this is a stock checkpoint"
+    return None
+
+
+def verify(name: str, folder: Path, question: Question, reference: Mapping[str, Any],
+           engine: Engine | None, tensor_parallel: int = 1) -> dict[str, Any]:
+    """Try one route: {"status", "why", ...}. `engine` is the installed vLLM, for its routes."""
+    route, began = ROUTES[name], time.monotonic()
+    try:
+        answer = ask(route, folder, question, reference["tokens"], engine, tensor_parallel)
+    except ProbeFailed as failed:
+        return {"status": FAILED, "why": str(failed)}
+    agreed = compare(reference, answer, question.dtype)
+    return {"status": FAILED if agreed["why"] else VERIFIED, **agreed, "class": answer["class"],
+            "seconds": round(time.monotonic() - began, 1)}
+
+
+class ProbeFailed(Exception):
+    """An engine could not load the checkpoint, or not run it; the message is the cause."""
+
+
+def ask(route: Route, folder: Path, question: Question, continuations: Sequence[Sequence[int]],
+        engine: Engine | None = None, tensor_parallel: int = 1) -> dict[str, Any]:
+    """What one engine generates, and how likely it finds `continuations`; see `probe.py`."""
+    request: dict[str, Any] = {
+        "engine": route.engine, "folder": str(folder.resolve()), "prompts": question.prompts,
+        "continuations": continuations, "new_tokens": question.new_tokens,
+        "dtype": question.dtype, "device": question.device, "bipdeploy": route.bipdeploy,
+        "trust_remote_code": route.trust_remote_code}
+    with tempfile.TemporaryDirectory(prefix="bipdeploy-") as place:
+        request["out"] = str(Path(place) / "answer.json")
+        if route.engine == "vllm":
+            if engine is None:
+                raise InputError("vLLM is not installed")
+            request["options"] = {
+                "enforce_eager": True, "enable_prefix_caching": False,
+                "max_model_len": max(map(len, question.prompts)) + question.new_tokens + 1,
+                "tensor_parallel_size": tensor_parallel,
+                **({"model_impl": route.model_impl} if route.model_impl else {})}
+            with engines.environment(engine, cache_gib=1, plugin=route.bipdeploy) as variables:
+                # One process starts faster than two, and nothing is worth compiling.
+                variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
+                _run(request, place, variables)
+        else:
+            _run(request, place, None)
+        return json.loads(Path(request["out"]).read_text())
+
+
+def _run(request: Mapping[str, Any], folder: str, variables: Mapping[str, str] | None) -> None:
+    # -P and another working directory: no checkout of bipdeploy is on the path by accident.
+    child = subprocess.run([sys.executable, "-P", probe.__file__], input=json.dumps(request),
+                           cwd=folder, env=variables, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, errors="replace", check=False)
+    if child.returncode:
+        raise ProbeFailed(engines.cause(child.stdout))
+
+
+def compare(reference: Mapping[str, Any], answer: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """How an answer agrees with the reference; `why` says what does not, or is None.
+
+    Greedy tokens are compared in float32. Two tokens that the reference finds equally likely, to
+    within the tolerance, may be chosen either way: from there on a prompt is not compared. The
+    log-probabilities of the reference's tokens are compared in every type.
+    """
+    allowed, equal, ties, why = TOLERANCE[dtype], 0, 0, None
+    for prompt, (wanted, got) in enumerate(zip(reference["tokens"], answer["tokens"],
+                                               strict=True)):
+        differs = next((i for i, pair in enumerate(zip(wanted, got, strict=True))
+                        if pair[0] != pair[1]), None)
+        if differs is None:
+            equal += 1
+        elif reference["margins"][prompt][differs] <= 2 * allowed:
+            ties += 1
+        elif dtype == "float32":
+            why = why or (f"prompt {prompt}: token {differs} is {got[differs]}, and the sliced "
+                          f"model says {wanted[differs]}")
+    largest = max(abs(a - b) for wanted, got in zip(reference["logprobs"], answer["scored"],
+                                                    strict=True)
+                  for a, b in zip(wanted, got, strict=True))
+    if not largest <= allowed:
+        why = f"log-probabilities differ by {largest:.3g}, allowed {allowed:g}"
+    return {"why": why, "prompts": len(reference["tokens"]), "equal_tokens": equal, "ties": ties,
+            "largest_logprob_difference": largest}
+
+
+def of_export(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of every route in an `export.json`, also where `vllm` was not written."""
+    written = record.get("vllm", {})
+    if "portability" in written:
+        return written["portability"]
+    results = {name: not_run(written.get("not_run", "export.vllm is not part of this export"))
+               for name in ROUTES}
+    checked = record.get("transformers", {})
+    if "verified" in checked:
+        name = ("transformers.bipdeploy" if checked["architecture"].startswith("Bipdeploy")
+                else "transformers.stock")
+        results[name] = {"status": VERIFIED, "why": None}
+    return results
+
+
+def table(portability: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(engine, how, result) for every route, to be read by people."""
+    rows = []
+    for name, route in ROUTES.items():
+        entry = portability.get(name, not_run("not asked for"))
+        said = entry["status"]
+        if entry["status"] == VERIFIED and "equal_tokens" in entry:
+            said += (f": {entry['equal_tokens']} of {entry['prompts']} prompts continue with the "
+                     "same tokens, log-probabilities within "
+                     f"{entry['largest_logprob_difference']:.1g}")
+        elif entry.get("why"):
+            said += f": {entry['why']}"
+        rows.append((route.title, route.how, said))
+    return rows

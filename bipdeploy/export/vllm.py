@@ -1,0 +1,134 @@
+"""Target `vllm`: a folder that vLLM serves, tried in every engine that is installed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bipdeploy.blocks import compute_device
+from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.errors import InputError, StageError
+from bipdeploy.export import portability
+from bipdeploy.export.card import model_card
+from bipdeploy.export.folder import add_code, copy_checkpoint, is_per_block
+from bipdeploy.export.portability import ROUTES, Question, Route
+from bipdeploy.families import Architecture, architecture
+from bipdeploy.modeling.formats import ZERO_ATTENTION, vllm_config
+from bipdeploy.serving import engine as engines
+from bipdeploy.serving.engine import Engine
+
+if TYPE_CHECKING:
+    from bipdeploy.recipe import VllmExport
+    from bipdeploy.stages.job import Job
+
+PROMPT_TOKENS = (5, 9, 17, 33)  # lengths of the prompts, in turn
+
+
+def export(job: Job, out: Path) -> dict[str, Any]:
+    """Write the folder, then load it in every engine. Raises StageError where transformers, which
+    is always here, does not agree with the sliced model; what vLLM does is recorded."""
+    source = Checkpoint(job.inputs["pruned"])
+    write(source, out, job.recipe.hardware.tensor_parallel)
+    config = Checkpoint(out).config
+    per_block = is_per_block(config)
+    results = verify_all(job, source, out, per_block)
+    for name, result in results.items():
+        if result["status"] == portability.FAILED:
+            if ROUTES[name].engine == "transformers":
+                raise StageError(f"the exported model does not work in transformers "
+                                 f"({ROUTES[name].how}): {result['why']}")
+            job.reporter.note(f"vLLM ({ROUTES[name].how}) failed: {result['why']}")
+    (out / "README.md").write_text(model_card(
+        Checkpoint(out), job.recipe if "prune" in job.inputs else None, results))
+    return {"architecture": config["architectures"][0], "portability": results,
+            "needs": "bipdeploy installed, or --trust-remote-code" if per_block
+            else "nothing besides vLLM"}
+
+
+def write(source: Checkpoint, out: Path, tensor_parallel: int) -> None:
+    """The checkpoint in the form that both of vLLM's ways can load.
+
+    vLLM's Transformers backend needs an attention in every block. One that was removed is written
+    as `tensor_parallel` heads with zero weights, which add exactly nothing; our plugin knows them
+    by the list in the configuration, and keeps no KV cache for them.
+    """
+    arch = architecture(source.config)
+    config = vllm_config(source.config, arch, tensor_parallel)
+    if config == source.config:
+        copy_checkpoint(source, out)
+    else:
+        dtype = source.tensors([source.outside_blocks()[0]]).popitem()[1].dtype
+        removed = config.get(ZERO_ATTENTION, [])
+        with CheckpointWriter(out, config, source.folder) as writer:
+            writer.add(source.tensors(source.outside_blocks()))
+            for index in range(len(arch.blocks)):
+                writer.add(source.block(index), f"model.layers.{index}.")
+                if index in removed:
+                    writer.add(zero_attention(arch, tensor_parallel, dtype),
+                               f"model.layers.{index}.")
+    if is_per_block(config):
+        add_code(out)
+
+
+def zero_attention(arch: Architecture, heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """An attention of one KV head and `heads` query heads that adds zero, by tensor name."""
+    rows = {"q": heads * arch.head_dim, "k": arch.head_dim, "v": arch.head_dim}
+    tensors = {f"self_attn.{p}_proj.weight": torch.zeros(n, arch.hidden) for p, n in rows.items()}
+    tensors["self_attn.o_proj.weight"] = torch.zeros(arch.hidden, rows["q"])
+    if arch.qkv_bias:
+        tensors |= {f"self_attn.{p}_proj.bias": torch.zeros(n) for p, n in rows.items()}
+    if arch.output_bias:
+        tensors["self_attn.o_proj.bias"] = torch.zeros(arch.hidden)
+    if arch.family.qk_norm:
+        tensors |= {f"self_attn.{p}_norm.weight": torch.ones(arch.head_dim) for p in "qk"}
+    tensors["input_layernorm.weight"] = torch.ones(arch.hidden)
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def verify_all(job: Job, source: Checkpoint, out: Path, per_block: bool) -> dict[str, Any]:
+    """The result of every route, in the order of the table."""
+    device = str(compute_device(job.recipe.model))
+    question = draw_question(job.recipe.export.vllm, architecture(source.config), job.recipe.seed,
+                             device)
+    # The sliced model itself, as bipdeploy loads it.
+    sliced = Route("transformers", "", "", True, True, bipdeploy=True)
+    try:
+        reference = portability.ask(sliced, source.folder, question, [])
+    except portability.ProbeFailed as failed:
+        raise StageError(f"the sliced model cannot be run: {failed}") from failed
+    engine, missing = _engine(architecture(source.config))
+    split = job.recipe.hardware.tensor_parallel
+    if engine and engine.devices < split:
+        job.reporter.note(f"vLLM is tried on one device: hardware.tensor_parallel is {split}, and "
+                          f"here are {engine.devices}")
+        split = 1
+    results: dict[str, Any] = {}
+    for name, route in ROUTES.items():
+        why = portability.inapplicable(name, per_block)
+        if why or (missing and route.engine == "vllm"):
+            results[name] = portability.not_run(why or missing)
+        else:
+            results[name] = portability.verify(name, out, question, reference, engine, split)
+    return results
+
+
+def _engine(arch: Architecture) -> tuple[Engine | None, str]:
+    """The installed vLLM, or why there is none for this model."""
+    try:
+        engine = engines.find()
+        engine.refuse(arch)
+        return engine, ""
+    except InputError as error:
+        return None, str(error)
+
+
+def draw_question(section: VllmExport, arch: Architecture, seed: int, device: str) -> Question:
+    """Prompts of random tokens that fit the model with what is generated."""
+    draw = random.Random(seed)
+    longest = arch.max_positions - section.new_tokens - 1
+    lengths = [min(PROMPT_TOKENS[i % len(PROMPT_TOKENS)], longest) for i in range(section.prompts)]
+    prompts = [[draw.randrange(arch.vocabulary) for _ in range(n)] for n in lengths]
+    return Question(prompts, section.new_tokens, section.dtype, device)

@@ -1,0 +1,1 @@
+"""Running exported models in vLLM: finding it, starting its server, comparing engines."""
