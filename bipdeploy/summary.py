@@ -58,8 +58,16 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """The comparison of dense and pruned. `spread`: quartiles by figure name, where measured."""
+    found = _table({**_quality(figures), **_ROWS, **_vllm(figures)}, figures, spread)
+    order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
+    return sorted(found, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
+
+
+def _table(wanted: Mapping[str, tuple[str, Callable[[float], str]]],
+           figures: Mapping[str, float],
+           spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
     found = []
-    for name, (label, shown) in {**_quality(figures), **_ROWS}.items():
+    for name, (label, shown) in wanted.items():
         if f"{name}.dense" not in figures:
             continue
         factor = "speedup" if f"{name}.speedup" in figures else "ratio"
@@ -69,8 +77,7 @@ def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]
             shown(figures[f"{name}.pruned"]),
             f"{figures[f'{name}.{factor}']:.2f}x" + (" as fast" if factor == "speedup" else ""),
             f"{quartiles['low']:.2f} to {quartiles['high']:.2f}" if quartiles else ""))
-    order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
-    return sorted(found, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
+    return found
 
 
 def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
@@ -85,6 +92,33 @@ def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[flo
     return found
 
 
+def _vllm(figures: Mapping[str, float], *, whole: bool = False
+          ) -> dict[str, tuple[str, Callable[[float], str]]]:
+    """What vLLM's tools measured: of the server at each load one rate and, if `whole`, all."""
+    found: dict[str, tuple[str, Callable[[float], str]]] = {}
+    for name in (f.removesuffix(".dense") for f in figures if f.endswith(".dense")):
+        if not name.startswith("vllm.serve."):
+            continue
+        load, measure = name.removeprefix("vllm.serve.").rsplit(".p", 1)[0].rsplit(".", 1)
+        title = f"vLLM, {load[1:]} in flight" if load[0] == "c" else f"vLLM, {load[1:]} requests/s"
+        if measure == "output_tokens":
+            found[name] = (f"{title}: output", _rate)
+        elif whole and measure == "requests":
+            found[name] = (f"{title}: answered", "{:.2f} req/s".format)
+        elif whole:
+            found[name] = (f"{title}: {measure.upper()} p{name.rsplit('.p', 1)[1]}", _ms)
+    return {"vllm.throughput": ("vLLM, offline throughput", _rate),
+            "vllm.latency": ("vLLM, latency of a batch", _ms), **found,
+            "vllm.kv_tokens": ("vLLM, KV cache, tokens", _count),
+            **({"vllm.startup": ("vLLM, start (once each)", "{:.1f} s".format)} if whole else {})}
+
+
+def vllm_rows(figures: Mapping[str, float],
+              spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """Everything that vLLM's tools measured, for the report."""
+    return _table(_vllm(figures, whole=True), figures, spread)
+
+
 def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
     """Everything that the final table and the report show, from stage folders by name."""
     figures = artifacts.figures(list(folders.values()))
@@ -96,7 +130,8 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
     spread = {name: quartiles for engine in (details["bench"] or {}).values()
               for name, quartiles in engine.get("spread", {}).items()}
     portability = table(of_export(details["export"])) if details["export"] else []
-    return {"figures": figures, "rows": rows(figures, spread), "portability": portability,
+    return {"figures": figures, "rows": rows(figures, spread),
+            "vllm_rows": vllm_rows(figures, spread), "portability": portability,
             **details}
 
 

@@ -145,7 +145,7 @@ class _Measurement:
         section = self.section
         flags = engines.flags({
             "model": self.folders[which], "dataset_name": "random", **self.options,
-            "input_len": section.prompt_tokens, "output_len": section.new_tokens,
+            "random_input_len": section.prompt_tokens, "random_output_len": section.new_tokens,
             "num_prompts": section.requests, "seed": self.job.recipe.seed})
         result = self._tool(f"throughput.{which}", ["throughput", *flags, "--output-json"])
         return result["tokens_per_second"]
