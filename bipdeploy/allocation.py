@@ -152,6 +152,25 @@ def _global_channels(arch: Architecture, scores: Sequence[BlockScores], choices:
     return _after(dense, steps[:count])
 
 
+def possible_widths(arch: Architecture, section: PruneSection, *,
+                    tensor_parallel: int = 1) -> list[BlockWidths]:
+    """Widths of single blocks that stand for all that scores may lead to.
+
+    A number that divides all of these divides every outcome: of the FFN widths only one rounding
+    unit and the dense width are listed, since the others are multiples.
+    """
+    choices = _choices(arch, section, tensor_parallel)
+    found = []
+    for i, dense in enumerate(arch.blocks):
+        groups, channels = [dense.kv_heads], {dense.intermediate}
+        if i in choices.groups and section.heads:
+            groups = choices.groups[i][1:] or groups
+        if i in choices.groups and section.ffn:
+            channels.add(min(choices.unit, dense.intermediate))
+        found += [BlockWidths(k * dense.group, k, c) for k in groups for c in sorted(channels)]
+    return found
+
+
 def keep(scores: BlockScores, widths: BlockWidths) -> Kept:
     """The best groups and channels of a block at the given widths; ties go to the lower index."""
     return Kept(_best(scores.heads, widths.kv_heads), _best(scores.ffn, widths.intermediate))
