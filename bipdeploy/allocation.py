@@ -7,10 +7,13 @@ groups of each block at its width. No torch here: scores are plain sequences of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import inf, lcm
 from statistics import fmean, pstdev
 
+from bipdeploy.divisibility import counted, kv_head_counts, require_parallel
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths
 from bipdeploy.recipe import PruneSection
@@ -32,13 +35,26 @@ class Kept:
     channels: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Choices:
+    """The widths that unprotected blocks may have."""
+
+    groups: dict[int, list[int]]  # numbers of KV heads by block, ascending from 0
+    unit: int  # of FFN channels
+
+    @property
+    def blocks(self) -> list[int]:
+        return list(self.groups)
+
+
 def allocate(arch: Architecture, section: PruneSection, scores: Sequence[BlockScores], *,
-             comparable: bool) -> tuple[list[BlockWidths], list[Kept]]:
+             comparable: bool, tensor_parallel: int = 1) -> tuple[list[BlockWidths], list[Kept]]:
     """Widths and kept indices of every block. Raises InputError where the ratio cannot be met."""
     if section.layers == "uniform":
-        widths = uniform_widths(arch, section)
+        widths = uniform_widths(arch, section, tensor_parallel=tensor_parallel)
     else:
-        widths = global_widths(arch, section, scores, comparable=comparable)
+        widths = global_widths(arch, section, scores, comparable=comparable,
+                               tensor_parallel=tensor_parallel)
     return widths, [keep(s, w) for s, w in zip(scores, widths, strict=True)]
 
 
@@ -52,94 +68,107 @@ def unprotected(arch: Architecture, section: PruneSection) -> list[int]:
     return inner
 
 
-def uniform_widths(arch: Architecture, section: PruneSection) -> list[BlockWidths]:
+def uniform_widths(arch: Architecture, section: PruneSection, *,
+                   tensor_parallel: int = 1) -> list[BlockWidths]:
     """The same share of heads and of channels in every unprotected block.
 
-    KV groups are rounded to the nearest whole from which FFN channels can meet the rest of the
-    budget; these then meet it to within one rounding unit of every block. Raises InputError where
-    the ratio is more than can be removed.
+    KV groups are rounded to the nearest number that divides for tensor parallelism and from which
+    FFN channels can meet the rest of the budget; these then meet it to within one rounding unit
+    of every block. Raises InputError where the ratio is more than can be removed.
     """
-    inner = unprotected(arch, section)
-    budget, share = _budget(arch, section, inner)
+    choices = _choices(arch, section, tensor_parallel)
+    budget, share = _budget(arch, section, choices)
     widths = list(arch.blocks)
     if section.heads:
-        kv = {i: arch.blocks[i].kv_heads for i in inner}
+        start = {i: _nearest(counts, arch.blocks[i].kv_heads * (1 - share))
+                 for i, counts in choices.groups.items()}
 
         def groups(fewer: int) -> dict[int, int]:
-            return {i: min(k, max(round(k * (1 - share)) - fewer, min(1, k)))
-                    for i, k in kv.items()}
+            return {i: counts[min(len(counts) - 1, max(start[i] - fewer, min(1, len(counts) - 1)))]
+                    for i, counts in choices.groups.items()}
 
-        most = max(kv.values())
+        most = max(map(len, choices.groups.values()))
         fewer = _fitting(0, -most, most, lambda n: _removed(arch, _with_groups(arch, groups(n))),
-                         budget, _ffn_capacity(arch, section, inner))
+                         budget, _ffn_capacity(arch, section, choices))
         widths = _with_groups(arch, groups(fewer))
     if section.ffn:
         rest = budget - _removed(arch, widths)
-        channels = sum(arch.blocks[i].intermediate for i in inner)
+        channels = sum(arch.blocks[i].intermediate for i in choices.blocks)
         kept_share = 1 - rest / arch.channel_parameters() / channels if channels else 1.0
-        for i in inner:
-            width = _rounded(arch.blocks[i].intermediate, kept_share, section.round_to)
+        for i in choices.blocks:
+            width = _rounded(arch.blocks[i].intermediate, kept_share, choices.unit)
             widths[i] = BlockWidths(widths[i].heads, widths[i].kv_heads, width)
     return widths
 
 
 def global_widths(arch: Architecture, section: PruneSection, scores: Sequence[BlockScores], *,
-                  comparable: bool) -> list[BlockWidths]:
+                  comparable: bool, tensor_parallel: int = 1) -> list[BlockWidths]:
     """Groups of all unprotected blocks compete: heads with heads, channels with channels.
 
     Each kind gives up the same share of its parameters, as nearly as the budget allows. Every
-    block keeps at least one KV group and one rounding unit of channels. Scores that are not
-    comparable between blocks are standardised within each block first (zero mean, unit variance;
-    as FLAP does). Raises InputError where the ratio is more than can be removed.
+    block keeps at least one KV group (or the fewest that divide for tensor parallelism) and one
+    rounding unit of channels. Scores that are not comparable between blocks are standardised
+    within each block first (zero mean, unit variance; as FLAP does). Raises InputError where the
+    ratio is more than can be removed.
     """
-    inner = unprotected(arch, section)
-    budget, share = _budget(arch, section, inner)
+    choices = _choices(arch, section, tensor_parallel)
+    budget, share = _budget(arch, section, choices)
     widths = list(arch.blocks)
     if section.heads:
-        ranked = _removable_groups({i: scores[i].heads for i in inner}, comparable)
-
-        def groups(count: int) -> dict[int, int]:
-            return {i: arch.blocks[i].kv_heads - ranked[:count].count(i) for i in inner}
-
-        wanted = round(share * sum(arch.blocks[i].kv_heads for i in inner))
-        count = _fitting(min(wanted, len(ranked)), 0, len(ranked),
-                         lambda n: _removed(arch, _with_groups(arch, groups(n))), budget,
-                         _ffn_capacity(arch, section, inner))
-        widths = _with_groups(arch, groups(count))
+        dense = {i: arch.blocks[i].kv_heads for i in choices.blocks}
+        steps = _steps({i: scores[i].heads for i in choices.blocks},
+                       {i: counts[:0:-1] for i, counts in choices.groups.items()}, comparable)
+        left = list(accumulate((size for _, size in steps), initial=0))
+        wanted = round(share * sum(dense.values()))
+        count = _fitting(
+            min(range(len(left)), key=lambda n: abs(left[n] - wanted)), 0, len(steps),
+            lambda n: _removed(arch, _with_groups(arch, _after(dense, steps[:n]))), budget,
+            _ffn_capacity(arch, section, choices))
+        widths = _with_groups(arch, _after(dense, steps[:count]))
     if section.ffn:
-        for i, width in _global_channels(arch, section, scores, inner, comparable,
+        for i, width in _global_channels(arch, scores, choices, comparable,
                                          budget - _removed(arch, widths)).items():
             widths[i] = BlockWidths(widths[i].heads, widths[i].kv_heads, width)
     return widths
 
 
-def _global_channels(arch: Architecture, section: PruneSection, scores: Sequence[BlockScores],
-                     inner: list[int], comparable: bool, rest: float) -> dict[int, int]:
-    """FFN widths by block: whole rounding units leave, the least important unit first.
+def _global_channels(arch: Architecture, scores: Sequence[BlockScores], choices: _Choices,
+                     comparable: bool, rest: float) -> dict[int, int]:
+    """FFN widths by block: whole rounding units leave until `rest` parameters are gone.
 
-    A unit's importance is the mean score of its channels, each block giving up its own worst
-    channels first. A dense width that is no multiple loses its odd channels with the first unit.
+    A dense width that is no multiple loses its odd channels with the first unit.
     """
-    unit, weight = section.round_to, arch.channel_parameters()
-    standard = scores if comparable else [
-        BlockScores(s.heads, _standardised(s.ffn)) for s in scores]
-    width = {i: arch.blocks[i].intermediate for i in inner}
-    units: list[tuple[float, int, int]] = []
-    for i in inner:
-        ascending = sorted(standard[i].ffn)
-        low, left = 0, width[i]
-        while left > unit:
-            step = left % unit or unit
-            units.append((fmean(ascending[low:low + step]), i, step))
-            low, left = low + step, left - step
-    # Stable by block: within a block the units are already in ascending order.
-    units.sort(key=lambda entry: entry[0])
-    for _, i, step in units:
-        if abs(rest - step * weight) >= abs(rest):
+    unit, weight = choices.unit, arch.channel_parameters()
+    dense = {i: arch.blocks[i].intermediate for i in choices.blocks}
+    steps = _steps({i: scores[i].ffn for i in choices.blocks},
+                   {i: [w, *range((w - 1) // unit * unit, 0, -unit)] for i, w in dense.items()},
+                   comparable)
+    count = 0
+    for _, size in steps:
+        if abs(rest - size * weight) >= abs(rest):
             break
-        width[i] -= step
-        rest -= step * weight
-    return width
+        rest -= size * weight
+        count += 1
+    return _after(dense, steps[:count])
+
+
+def possible_widths(arch: Architecture, section: PruneSection, *,
+                    tensor_parallel: int = 1) -> list[BlockWidths]:
+    """Widths of single blocks that stand for all that scores may lead to.
+
+    A number that divides all of these divides every outcome: of the FFN widths only one rounding
+    unit and the dense width are listed, since the others are multiples.
+    """
+    choices = _choices(arch, section, tensor_parallel)
+    found = []
+    for i, dense in enumerate(arch.blocks):
+        groups, channels = [dense.kv_heads], {dense.intermediate}
+        if i in choices.groups and section.heads:
+            groups = choices.groups[i][1:] or groups
+        if i in choices.groups and section.ffn:
+            channels.add(min(choices.unit, dense.intermediate))
+        found += [BlockWidths(k * dense.group, k, c) for k in groups for c in sorted(channels)]
+    return found
 
 
 def keep(scores: BlockScores, widths: BlockWidths) -> Kept:
@@ -152,11 +181,39 @@ def _best(scores: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count]))
 
 
-def _removable_groups(by_block: dict[int, Sequence[float]], comparable: bool) -> list[int]:
-    """The block of every group that may leave, least important first: all but each block's best."""
-    ranked = sorted((score, i) for i, scores in by_block.items()
-                    for score in sorted(scores if comparable else _standardised(scores))[:-1])
-    return [i for _, i in ranked]
+def _steps(scores: Mapping[int, Sequence[float]], sizes: Mapping[int, Sequence[int]],
+           comparable: bool) -> list[tuple[int, int]]:
+    """The steps by which blocks get narrower, as (block, how much), the least important first.
+
+    A step leads from one of the block's `sizes`, descending from dense, to the next. Its importance
+    is the mean score of what it removes, each block giving up its own worst first.
+    """
+    found: list[tuple[float, int, int]] = []
+    for i, own in scores.items():
+        ascending = sorted(own if comparable else _standardised(own))
+        low, importance = 0, -inf
+        for size, smaller in pairwise(sizes[i]):
+            high = low + size - smaller
+            # A mean of equal scores may round below the one before it, which still goes first.
+            importance = max(importance, fmean(ascending[low:high]))
+            found.append((importance, i, high - low))
+            low = high
+    # Stable by block: within a block the steps are already in ascending order.
+    found.sort(key=lambda entry: entry[0])
+    return [(i, size) for _, i, size in found]
+
+
+def _after(dense: Mapping[int, int], steps: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """Sizes by block once some steps are taken."""
+    sizes = dict(dense)
+    for i, size in steps:
+        sizes[i] -= size
+    return sizes
+
+
+def _nearest(counts: Sequence[int], wanted: float) -> int:
+    """Index of the count that is nearest to `wanted`; as `round` has it, a tie goes to even."""
+    return min(range(len(counts)), key=lambda n: (abs(counts[n] - wanted), counts[n] % 2))
 
 
 def _fitting(start: int, least: int, most: int, removed: Callable[[int], int], budget: float,
@@ -209,29 +266,40 @@ def _rounded(dense: int, share: float, unit: int) -> int:
     return multiple
 
 
-def _ffn_capacity(arch: Architecture, section: PruneSection, inner: list[int]) -> int | None:
+def _choices(arch: Architecture, section: PruneSection, tensor_parallel: int) -> _Choices:
+    """What divides by `tensor_parallel`. Raises InputError where the dense model does not."""
+    inner = unprotected(arch, section)
+    require_parallel(arch, tensor_parallel)
+    return _Choices({i: kv_head_counts(arch.blocks[i], tensor_parallel) for i in inner},
+                    lcm(section.round_to, tensor_parallel))
+
+
+def _ffn_capacity(arch: Architecture, section: PruneSection, choices: _Choices) -> int | None:
     """Parameters that FFN channels can give up; None where they are not pruned."""
     if not section.ffn:
         return None
-    return sum(max(arch.blocks[i].intermediate - section.round_to, 0)
-               for i in inner) * arch.channel_parameters()
+    return sum(max(arch.blocks[i].intermediate - choices.unit, 0)
+               for i in choices.blocks) * arch.channel_parameters()
 
 
-def _budget(arch: Architecture, section: PruneSection, inner: list[int]) -> tuple[float, float]:
+def _budget(arch: Architecture, section: PruneSection, choices: _Choices) -> tuple[float, float]:
     """Parameters to remove, and as a share of all that is pruned. Raises InputError for too many.
 
-    Every block keeps one KV group and one rounding unit of channels.
+    Every block keeps its fewest KV groups and one rounding unit of channels.
     """
     total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
     budget = section.ratio * total
-    most = _ffn_capacity(arch, section, inner) or 0
+    most = _ffn_capacity(arch, section, choices) or 0
+    fewest = {i: counts[:2][-1] for i, counts in choices.groups.items()}
     if section.heads:
-        most += sum(max(arch.blocks[i].kv_heads - 1, 0) * arch.kv_group_parameters(i)
-                    for i in inner)
+        most += sum((arch.blocks[i].kv_heads - groups) * arch.kv_group_parameters(i)
+                    for i, groups in fewest.items())
     if budget > most:
+        heads = max(1, *fewest.values())
         raise InputError(
             f"prune.ratio: {section.ratio:g} would leave a block without heads or FFN channels: "
-            f"{len(inner)} of {len(arch.blocks)} blocks may be pruned, each keeps one KV head and "
-            f"{section.round_to} channels; with these settings at most "
+            f"{len(fewest)} of {len(arch.blocks)} blocks may be pruned, each keeps "
+            f"{'one KV head' if heads == 1 else counted(heads, 'KV head')} and "
+            f"{choices.unit} channels; with these settings at most "
             f"{int(most / total * 1000) / 1000:g} can be removed")
-    return budget, budget / sum(_prunable(arch, i, section) for i in inner)
+    return budget, budget / sum(_prunable(arch, i, section) for i in choices.blocks)

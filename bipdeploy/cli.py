@@ -85,6 +85,25 @@ def serve(context: typer.Context,
 
 
 @app.command()
+def plan(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+         settings: Set = None,
+         runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
+         as_json: Annotated[bool, typer.Option("--json", help="Plan as JSON on stdout.")] = False,
+         ) -> None:
+    """Show what a recipe will make: sizes, widths and what they divide by; no weights are read."""
+    from dataclasses import asdict
+
+    from bipdeploy import plan as planning
+    from bipdeploy import recipe_file, screens
+
+    made = planning.make(recipe_file.load(recipe, settings or []), runs)
+    if as_json:
+        print(json.dumps(asdict(made)))
+    else:
+        screens.show_plan(made)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for completion in an editor."""
     from bipdeploy import recipe_file

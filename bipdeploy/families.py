@@ -7,11 +7,12 @@ same projection names, add a line to `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bipdeploy.errors import InputError, did_you_mean
+from bipdeploy.figures import compared
 
 # Model types of our own per-block checkpoints are the family's name behind this prefix.
 PER_BLOCK_PREFIX = "bipdeploy_"
@@ -116,15 +117,27 @@ class Architecture:
             total += self.hidden + self.hidden * self.ffn_bias
         return total
 
-    def parameters(self, blocks: tuple[BlockWidths, ...] | None = None) -> int:
+    def parameters(self, blocks: Sequence[BlockWidths] | None = None) -> int:
         """All parameters of the model, tied embeddings counted once."""
         widths = blocks or self.blocks
         body = sum(self.block_parameters(i, w) for i, w in enumerate(widths))
         return body + self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
 
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+    def kv_bytes_per_token(self, blocks: Sequence[BlockWidths] | None = None,
+                           bytes_per_value: int = 2) -> int:
         """Bytes of K and V that one token keeps in the cache, over all blocks."""
-        return sum(2 * w.kv_heads * self.head_dim * bytes_per_value for w in self.blocks)
+        return sum(2 * w.kv_heads * self.head_dim * bytes_per_value for w in blocks or self.blocks)
+
+
+def size_figures(arch: Architecture, widths: Sequence[BlockWidths]) -> dict[str, float]:
+    """Parameters and bytes, dense and pruned. Bytes are those of 16-bit weights and cache."""
+    dense, pruned = (sum(arch.block_parameters(i, w) for i, w in enumerate(blocks))
+                     for blocks in (arch.blocks, widths))
+    return {**compared("parameters", arch.parameters(), arch.parameters(widths)),
+            **compared("block_parameters", dense, pruned),
+            **compared("weights_bytes", 2 * arch.parameters(), 2 * arch.parameters(widths)),
+            **compared("kv_bytes_per_token", arch.kv_bytes_per_token(),
+                       arch.kv_bytes_per_token(widths))}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:

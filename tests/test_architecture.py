@@ -19,18 +19,18 @@ LAYERS: list[tuple[str, ...]] = [
     ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
-    ("criteria.", "allocation", "slicing", "refit", "export", "export.", "evaluation",
-     "evaluation.", "bench", "bench."),
+    ("criteria.", "divisibility", "allocation", "slicing", "refit", "export", "export.",
+     "evaluation", "evaluation.", "bench", "bench."),
     ("stages", "stages.", "summary"),
-    ("pipeline",),
+    ("pipeline", "plan"),
     ("api", "screens", "cli", ""),
 ]
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib"}
-LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "artifacts", "sources",
-         "figures", "summary", "screens", "families", "allocation", "calibration", "checkpoint",
-         "criteria", "api", "data", "data.pydocs", "data.text", "data.windows", "stages.job",
-         "stages.gate", "modeling.formats")
+LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
+         "sources", "figures", "summary", "screens", "families", "divisibility", "allocation",
+         "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
+         "data.windows", "stages.job", "stages.gate", "modeling.formats")
 
 
 def layer(module: str) -> int:

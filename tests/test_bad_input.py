@@ -220,6 +220,12 @@ def test_protecting_every_block(tmp_path):
     refused(done, 2, "prune.protect", "no block of 7")
 
 
+def test_a_tensor_parallel_that_the_model_does_not_divide_by(tmp_path):
+    line = refused(run_here(tmp_path, "hardware.tensor_parallel=3"), 2, "tensor_parallel: 3 ")
+    assert line.endswith("does not divide this model (block 0: 4 query heads); use 1, 2 or 4")
+    assert stages(tmp_path) == []
+
+
 @pytest.mark.parametrize("override", ["calibration.tokens=512", "bench.torch.prompt_tokens=400",
                                       "evaluate.perplexity.windows=[128, 512]"])
 def test_more_tokens_than_the_model_reads(tmp_path, override):

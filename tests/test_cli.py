@@ -13,7 +13,7 @@ from bipdeploy import artifacts, recipe_file
 from bipdeploy.pipeline import STAGES
 from tests.running import RECIPES, SMOKE, bipdeploy, bipdeploy_here, message, python
 
-COMMANDS = ["run", "check", "schema", *STAGES]
+COMMANDS = ["run", "check", "plan", "schema", *STAGES]
 LOADED = ("\nprint('LOADED', sorted({'torch', 'transformers', 'datasets', 'pydantic', 'numpy',"
           " 'safetensors'} & set(sys.modules)))")
 

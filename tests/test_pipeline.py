@@ -158,7 +158,8 @@ def test_another_ratio_reruns_from_prune_on_and_not_score(again):
 @pytest.mark.parametrize(("override", "first"), [
     ("seed=1", "score"), ("score.criterion=magnitude", "score"),
     ("calibration.samples=16", "score"),
-    ("prune.round_to=16", "prune"), ("recover.refit.ridge=0.1", "recover"),
+    ("prune.round_to=16", "prune"), ("hardware.tensor_parallel=2", "prune"),
+    ("recover.refit.ridge=0.1", "recover"),
     ("evaluate.perplexity.max_tokens=512", "evaluate"), ("bench.torch.new_tokens=3", "bench"),
     ("gates.perplexity.ratio.max=6", "gate")])
 def test_a_change_reruns_the_first_stage_that_depends_on_it(again, override, first):

@@ -46,7 +46,7 @@ def checked(folder: Path, engine: Engine, tensor_parallel: int = 1) -> Architect
                          f"with {arch.blocks[0].heads} heads); set export.vllm.enabled: true and "
                          "serve what that writes")
     if tensor_parallel > 1:
-        faults = divisibility.faults(arch, arch.blocks, tensor_parallel)
+        faults = divisibility.faults(arch.blocks, tensor_parallel)
         if faults:
             raise InputError(f"tensor parallel size {tensor_parallel} does not divide this model: "
                              f"{faults[0]}; prune with hardware.tensor_parallel: {tensor_parallel}")

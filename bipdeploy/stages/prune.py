@@ -6,8 +6,7 @@ from bipdeploy import artifacts
 from bipdeploy.allocation import allocate
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter, require_finite
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.figures import compared
+from bipdeploy.families import architecture, size_figures
 from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.job import Job
@@ -27,7 +26,8 @@ def run(job: Job) -> None:
         raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
-    widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"])
+    widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"],
+                            tensor_parallel=job.recipe.hardware.tensor_parallel)
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
@@ -45,15 +45,3 @@ def run(job: Job) -> None:
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})
     job.write_figures(size_figures(arch, widths))
-
-
-def size_figures(arch: Architecture, widths: list[BlockWidths]) -> dict[str, float]:
-    """Parameters and bytes, dense and pruned. Bytes are those of 16-bit weights and cache."""
-    pruned = tuple(widths)
-    blocks = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    pruned_blocks = sum(arch.block_parameters(i, w) for i, w in enumerate(pruned))
-    cache = sum(2 * w.kv_heads * arch.head_dim * 2 for w in pruned)
-    return {**compared("parameters", arch.parameters(), arch.parameters(pruned)),
-            **compared("block_parameters", blocks, pruned_blocks),
-            **compared("weights_bytes", 2 * arch.parameters(), 2 * arch.parameters(pruned)),
-            **compared("kv_bytes_per_token", arch.kv_bytes_per_token(), cache)}

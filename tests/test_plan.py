@@ -1,0 +1,254 @@
+"""`bipdeploy plan`: the widths and sizes that a run then makes, and what these divide by."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bipdeploy import api, artifacts, plan, recipe_file
+from bipdeploy.allocation import global_widths, possible_widths
+from bipdeploy.divisibility import faults, group_faults
+from bipdeploy.families import BlockWidths
+from bipdeploy.recipe import Recipe
+from tests.running import SMOKE, bipdeploy, bipdeploy_here, message, python
+from tests.test_allocation import ARCHITECTURES, PARALLEL, draw_scores, section
+from tests.tiny import PICO
+
+SIZES = ("parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token")
+
+
+def planned(runs: Path, *overrides: str) -> plan.Plan:
+    return plan.make(recipe_file.load(SMOKE, list(overrides)), runs)
+
+
+def plan_here(runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    settings = [part for override in overrides for part in ("--set", override)]
+    return bipdeploy_here("plan", SMOKE, "--runs", runs, *settings)
+
+
+def made_by(folder: Path) -> tuple[BlockWidths, ...]:
+    """The widths that a prune stage wrote."""
+    return tuple(BlockWidths(b["heads"], b["kv_heads"], b["intermediate"])
+                 for b in artifacts.read_json(folder / "kept.json")["blocks"])
+
+
+def sizes_in(folder: Path) -> dict[str, float]:
+    return {name: value for name, value in artifacts.figures([folder]).items()
+            if name.rpartition(".")[0] in SIZES}
+
+
+def verdicts(shown: plan.Plan) -> dict[str, bool | None]:
+    return {v.requirement: v.divides for v in shown.verdicts}
+
+
+def config_only(folder: Path, **changes: object) -> Path:
+    """A model folder that holds nothing but the built-in model's config, changed."""
+    folder.mkdir()
+    config = json.loads((PICO / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned_globally(smoke, tmp_path_factory) -> Path:
+    """A runs folder with the smoke recipe pruned by `layers: global`."""
+    runs = tmp_path_factory.mktemp("global")
+    shutil.copytree(smoke.folder / "score", runs / "smoke" / "score")
+    assert api.run(SMOKE, ["prune.layers=global"], runs, until="prune").ran == ["prune"]
+    return runs
+
+
+# Uniform widths
+
+def test_uniform_widths_and_sizes_are_those_that_a_run_makes(smoke, tmp_path):
+    shown = planned(tmp_path)
+    assert shown.known == "exact"
+    assert shown.pruned == made_by(smoke.folder / "prune")
+    assert shown.figures == sizes_in(smoke.folder / "prune")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overrides", [
+    ["hardware.tensor_parallel=2"], ["prune.protect={first: 1, last: 1}", "prune.round_to=16"],
+    ["hardware.tensor_parallel=4", "prune.ratio=0.2"], ["prune.heads=false", "prune.ratio=0.4"]])
+def test_the_prune_stage_makes_what_was_planned(smoke, tmp_path, overrides):
+    shutil.copytree(smoke.folder / "score", tmp_path / "smoke" / "score")
+    shown = planned(tmp_path, *overrides)
+    assert api.run(SMOKE, overrides, tmp_path, until="prune").ran == ["prune"]
+    assert shown.pruned == made_by(tmp_path / "smoke" / "prune")
+    assert shown.figures == sizes_in(tmp_path / "smoke" / "prune")
+    assert faults(shown.pruned, shown.tensor_parallel) == []
+
+
+def test_a_plan_needs_nothing_but_the_config(tmp_path):
+    model = config_only(tmp_path / "model")
+    shown, whole = planned(tmp_path, f"model.id={model}"), planned(tmp_path)
+    assert (shown.pruned, shown.figures) == (whole.pruned, whole.figures)
+
+
+def test_only_the_config_of_a_hub_model_is_fetched(tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(model, revision=None, allow_patterns=None):
+        asked[model] = allow_patterns
+        return str(PICO)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert planned(tmp_path, "model.id=org/name").pruned == planned(tmp_path).pruned
+    assert asked == {"org/name": ["config.json"]}
+
+
+# Global widths
+
+def test_global_widths_are_not_known_before_a_run(tmp_path):
+    shown, uniform = planned(tmp_path, "prune.layers=global"), planned(tmp_path)
+    assert shown.known == "budget"
+    assert (shown.pruned, shown.figures) == (uniform.pruned, uniform.figures)
+    assert set(verdicts(shown).values()) == {None}
+
+
+def test_global_widths_are_certain_to_divide_by_the_recipe_s_tensor_parallel(tmp_path):
+    shown = planned(tmp_path, "prune.layers=global", "prune.ratio=0.2",
+                    "hardware.tensor_parallel=4")
+    assert verdicts(shown) == {
+        "tensor parallel 2": True, "tensor parallel 4": True, "tensor parallel 8": None,
+        "quantisation groups of 64, tensor parallel 4": None,
+        "quantisation groups of 128, tensor parallel 4": None}
+
+
+def test_what_no_width_can_mend_is_known_before_scoring(tmp_path):
+    model = config_only(tmp_path / "model", hidden_size=192)
+    shown = planned(tmp_path, f"model.id={model}", "prune.layers=global")
+    (verdict,) = [v for v in shown.verdicts if v.requirement == "quantisation groups of 128"]
+    assert (verdict.divides, verdict.faults) == (False, ("hidden size 192",))
+
+
+def test_global_widths_are_those_of_a_finished_run(pruned_globally):
+    shown = planned(pruned_globally, "prune.layers=global")
+    assert shown.known == "run"
+    assert shown.pruned == made_by(pruned_globally / "smoke" / "prune")
+    assert len(set(shown.pruned)) > 1
+    assert shown.figures == sizes_in(pruned_globally / "smoke" / "prune")
+    assert None not in verdicts(shown).values()
+
+
+@pytest.mark.parametrize("override", ["prune.ratio=0.35", "seed=1", "hardware.tensor_parallel=2"])
+def test_a_run_of_another_recipe_is_not_taken(pruned_globally, override):
+    assert planned(pruned_globally, "prune.layers=global", override).known == "budget"
+
+
+def test_a_damaged_run_is_not_taken(pruned_globally, tmp_path):
+    runs = shutil.copytree(pruned_globally, tmp_path / "runs")
+    (runs / "smoke" / "prune" / "kept.json").write_text("{")
+    assert planned(runs, "prune.layers=global").known == "budget"
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 4])
+@pytest.mark.parametrize("name", ["mha", "gqa", "repeated"])
+def test_what_the_possible_widths_divide_by_global_widths_divide_by(name, parallel):
+    arch = PARALLEL[name]
+    for ratio, unit, first in ((0.1, 64, 0), (0.3, 16, 1), (0.5, 8, 0)):
+        asked = section(ratio, "global", round_to=unit, first=first)
+        possible = possible_widths(arch, asked, tensor_parallel=parallel)
+        assert faults(possible, parallel) == []
+        widths = global_widths(arch, asked, draw_scores(arch), comparable=True,
+                               tensor_parallel=parallel)
+        for number in (2, 3, 4, 8, 16):
+            assert faults(possible, number) or not faults(widths, number)
+        for group in (16, 32, 64):
+            assert group_faults(arch, possible, group) or not group_faults(arch, widths, group)
+
+
+# Verdicts and what is shown
+
+def test_three_kv_heads_break_tensor_parallel_two(tmp_path):
+    model = config_only(tmp_path / "model", num_attention_heads=12, num_key_value_heads=6)
+    done = plan_here(tmp_path, f"model.id={model}", "prune.ratio=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "blocks 0-6: 6 heads, 3 KV heads" in done.stdout
+    lines = {line.partition("  ")[0]: line.partition("  ")[2].strip()
+             for line in done.stdout.splitlines()}
+    assert lines["tensor parallel 2"] == ("breaks: block 0: 3 KV heads, block 1: 3 KV heads "
+                                          "(7 in all)")
+    assert lines["tensor parallel 4"].startswith("breaks: block 0: 6 query heads, ")
+
+
+def test_the_recipe_s_own_tensor_parallel_is_judged_too(tmp_path):
+    model = config_only(tmp_path / "model", num_attention_heads=12, num_key_value_heads=12)
+    shown = planned(tmp_path, f"model.id={model}", "hardware.tensor_parallel=3")
+    assert verdicts(shown)["tensor parallel 3"] is True
+
+
+def test_the_screen_shows_sizes_widths_and_verdicts(tmp_path):
+    done = plan_here(tmp_path, "hardware.tensor_parallel=2", "prune.protect.last=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    table, widths, lines = done.stdout.strip("\n").split("\n\n")
+    assert table.splitlines()[0].split() == ["dense", "pruned", "pruned", "/", "dense"]
+    for label in ("Parameters", "of which in blocks", "Weights, 16 bit", "KV cache/token, 16 bit"):
+        assert label in table
+    dense, first, last = widths.splitlines()
+    assert dense == "dense    blocks 0-6: 4 heads, 4 KV heads, 384 channels"
+    assert first.startswith("pruned   blocks 0-4: 2 heads, 2 KV heads, ")
+    assert last == "         blocks 5-6: 4 heads, 4 KV heads, 384 channels"
+    assert lines.splitlines()[0].split() == ["tensor", "parallel", "2", "divides"]
+
+
+def test_the_screen_says_that_global_widths_depend_on_scores(tmp_path):
+    shown = plan_here(tmp_path, "prune.layers=global").stdout
+    assert "known once score and prune have run" in shown
+    assert "\nuniform  blocks 0-6: 3 heads" in shown and "\npruned  " not in shown
+    assert "not known before scoring" in shown
+
+
+def test_runs_of_equal_blocks_are_one_line():
+    arch = ARCHITECTURES["already-pruned"]
+    assert plan.described((*arch.blocks, arch.blocks[-1])) == [
+        "block 0: 4 heads, 4 KV heads, 96 channels", "block 1: 2 heads, 2 KV heads, 40 channels",
+        "block 2: 0 heads, 0 KV heads, 64 channels", "block 3: 4 heads, 4 KV heads, 0 channels",
+        "blocks 4-5: 1 head, 1 KV head, 72 channels"]
+
+
+def test_the_plan_comes_as_json_on_stdout_and_nothing_else(tmp_path):
+    done = bipdeploy("plan", SMOKE, "--runs", tmp_path, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown, made = json.loads(done.stdout), planned(tmp_path)
+    assert shown["figures"] == made.figures and shown["known"] == "exact"
+    assert [BlockWidths(**block) for block in shown["pruned"]] == list(made.pruned)
+    assert [v["requirement"] for v in shown["verdicts"]] == list(verdicts(made))
+
+
+@pytest.mark.parametrize("layers", ["uniform", "global"])
+def test_a_plan_loads_no_torch(pruned_globally, layers):
+    code = ("import sys; from bipdeploy.cli import app\n"
+            "app(['plan', *sys.argv[1:]], standalone_mode=False)\n"
+            "print(sorted({'torch', 'transformers', 'safetensors', 'numpy'} & set(sys.modules)))")
+    done = python(code, SMOKE, "--runs", pruned_globally, "--set", f"prune.layers={layers}",
+                  "--json")
+    shown, loaded = done.stdout.splitlines()
+    assert json.loads(shown)["known"] == {"uniform": "exact", "global": "run"}[layers]
+    assert loaded == "[]"
+
+
+# Bad input
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("hardware.tensor_parallel=3", "hardware.tensor_parallel: 3 does not divide this model "
+                                   "(block 0: 4 query heads); use 1, 2 or 4"),
+    ("prune.ratio=0.99", "prune.ratio: 0.99 would leave a block without heads or FFN channels"),
+    ("model.id=./nowhere", "model.id: there is no folder './nowhere'"),
+    ("calibration.data=missing.txt", "calibration.data: there is no file 'missing.txt'")])
+def test_bad_input_is_one_line(tmp_path, override, words):
+    done = plan_here(tmp_path, override)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = message(done)
+    assert line.startswith(f"error: {words}")
+
+
+def test_a_recipe_from_python_can_be_planned(tmp_path):
+    recipe = Recipe.model_validate({"name": "here", "model": {"id": "builtin:pico"},
+                                    "prune": {"ratio": 0.2, "round_to": 8}})
+    assert plan.make(recipe, tmp_path).figures["block_parameters.ratio"] == pytest.approx(0.8, 0.02)
