@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bipdeploy import artifacts
-from bipdeploy.export.portability import of_export, table
+from bipdeploy.exporters.portability import of_export, table
 
 
 class Row(NamedTuple):

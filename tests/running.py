@@ -62,6 +62,18 @@ def message(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.strip() and not _BAR.search(line)]
 
 
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
+    """The one line that a failed command shows, which holds all of `words`."""
+    lines = message(done)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    return lines[0]
+
+
 def leftovers(folder: Path) -> list[Path]:
     """What a stage that failed would leave behind: half-written files and folders."""
     return [p for p in folder.rglob("*") if p.name.endswith((".partial", ".old"))]

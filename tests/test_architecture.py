@@ -19,8 +19,9 @@ LAYERS: list[tuple[str, ...]] = [
     ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
-    ("criteria.", "divisibility", "allocation", "slicing", "refit", "export", "export.",
-     "evaluation", "evaluation.", "bench", "bench."),
+    ("criteria.", "divisibility", "allocation", "slicing", "refit", "exporters",
+     "exporters.", "evaluation", "evaluation.", "measuring", "measuring.", "serving", "serving.",
+     "templates"),
     ("stages", "stages.", "summary"),
     ("pipeline", "plan"),
     ("api", "screens", "cli", ""),
@@ -30,7 +31,9 @@ HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "nump
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
          "sources", "figures", "summary", "screens", "families", "divisibility", "allocation",
          "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
-         "data.windows", "stages.job", "stages.gate", "modeling.formats")
+         "data.windows", "stages.job", "stages.gate", "modeling.formats", "serving",
+         "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
+         "exporters", "exporters.portability")
 
 
 def layer(module: str) -> int:

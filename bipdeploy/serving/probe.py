@@ -4,7 +4,7 @@
 
 It imports nothing of bipdeploy unless the request says so, and can make sure that nothing else
 does either: this is how a checkpoint is shown to work where bipdeploy is not installed. The
-request is a JSON object with these fields (see `export/portability.py`, which writes it):
+request is a JSON object with these fields (see `exporters/portability.py`, which writes it):
 
 `engine` "transformers" or "vllm"; `folder`; `prompts` and `continuations`, lists of token ids;
 `new_tokens`; `dtype`; `device`; `bipdeploy` true to register its classes, false to refuse the

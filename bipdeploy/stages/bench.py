@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bipdeploy.bench import torch_bench, vllm_bench
+from bipdeploy.measuring import torch_bench, vllm_bench
 from bipdeploy.stages.job import Job
 
 # Keys are the fields of the recipe's bench section.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bipdeploy.export import EXPORTERS
+from bipdeploy.exporters import EXPORTERS
 from bipdeploy.stages.job import Job
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.bench.timing import Spread, interleaved, speedup
 from bipdeploy.blocks import compute_device, compute_dtype
 from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.families import Architecture
 from bipdeploy.figures import VLLM_PERCENTILES as PERCENTILES
 from bipdeploy.figures import compared, load_points
+from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving import server
 from bipdeploy.serving.engine import Engine

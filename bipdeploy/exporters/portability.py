@@ -7,6 +7,7 @@ does: the same greedy tokens in float32, and log-probabilities that agree.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -151,9 +152,10 @@ def compare(reference: Mapping[str, Any], answer: Mapping[str, Any], dtype: str)
         elif dtype == "float32":
             why = why or (f"prompt {prompt}: token {differs} is {got[differs]}, and the sliced "
                           f"model says {wanted[differs]}")
-    largest = max(abs(a - b) for wanted, got in zip(reference["logprobs"], answer["scored"],
-                                                    strict=True)
-                  for a, b in zip(wanted, got, strict=True))
+    differences = [abs(a - b) for wanted, got in zip(reference["logprobs"], answer["scored"],
+                                                     strict=True)
+                   for a, b in zip(wanted, got, strict=True)]
+    largest = max(differences, key=lambda d: (math.isnan(d), d))
     if not largest <= allowed:
         why = f"log-probabilities differ by {largest:.3g}, allowed {allowed:g}"
     return {"why": why, "prompts": len(reference["tokens"]), "equal_tokens": equal, "ties": ties,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exporter:
-    """`function` is "module:name" below bipdeploy.export. It writes a folder, verifies that what
+    """`function` is "module:name" below bipdeploy.exporters. It writes a folder, verifies that what
     it wrote loads and agrees with the model it came from, and returns a record of that."""
 
     function: str
@@ -22,7 +22,7 @@ class Exporter:
 
     def load(self) -> Callable[[Job, Path], dict[str, Any]]:
         module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(f"bipdeploy.export.{module}"), name)
+        return getattr(importlib.import_module(f"bipdeploy.exporters.{module}"), name)
 
 
 # Keys are the fields of the recipe's export section and the folders' names.

@@ -7,8 +7,8 @@ from typing import Any
 
 from bipdeploy import artifacts, templates
 from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.export.folder import is_per_block
-from bipdeploy.export.portability import table
+from bipdeploy.exporters.folder import is_per_block
+from bipdeploy.exporters.portability import table
 from bipdeploy.families import architecture
 from bipdeploy.recipe import Recipe
 

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.bench.timing import Spread, interleaved, speedup
 from bipdeploy.blocks import compute_device, compute_dtype
 from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.families import architecture
 from bipdeploy.figures import compared
+from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
 from bipdeploy.recipe import TorchBench
 
@@ -116,7 +116,7 @@ def peak_memory(folder: Path, job: Job, section: TorchBench) -> float:
     arguments = {"folder": str(folder), "model": job.recipe.model.model_dump(),
                  "batch": section.batch, "prompt_tokens": section.prompt_tokens,
                  "new_tokens": section.new_tokens}
-    child = subprocess.run([sys.executable, "-m", "bipdeploy.bench.torch_bench"],
+    child = subprocess.run([sys.executable, "-m", "bipdeploy.measuring.torch_bench"],
                            input=json.dumps(arguments), capture_output=True, text=True, check=False)
     if child.returncode:
         last = (child.stderr.strip() or "no output").splitlines()[-1]

@@ -10,8 +10,8 @@ import torch
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import StageError
-from bipdeploy.export.card import model_card
-from bipdeploy.export.folder import add_code, copy_checkpoint, is_per_block
+from bipdeploy.exporters.card import model_card
+from bipdeploy.exporters.folder import add_code, copy_checkpoint, is_per_block
 from bipdeploy.modeling import loading
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import torch
 from bipdeploy.blocks import compute_device
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.export import portability
-from bipdeploy.export.card import model_card
-from bipdeploy.export.folder import add_code, copy_checkpoint, is_per_block
-from bipdeploy.export.portability import ROUTES, Question, Route
+from bipdeploy.exporters import portability
+from bipdeploy.exporters.card import model_card
+from bipdeploy.exporters.folder import add_code, copy_checkpoint, is_per_block
+from bipdeploy.exporters.portability import ROUTES, Question, Route
 from bipdeploy.families import Architecture, architecture
 from bipdeploy.modeling.formats import ZERO_ATTENTION, vllm_config
 from bipdeploy.serving import engine as engines
