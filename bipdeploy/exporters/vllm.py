@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bipdeploy.blocks import compute_device
+from bipdeploy.blocks import compute_device, release_memory
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.exporters import portability
@@ -90,6 +90,7 @@ def zero_attention(arch: Architecture, heads: int, dtype: torch.dtype) -> dict[s
 
 def verify_all(job: Job, source: Checkpoint, out: Path, per_block: bool) -> dict[str, Any]:
     """The result of every route, in the order of the table."""
+    release_memory()
     device = str(compute_device(job.recipe.model))
     question = draw_question(job.recipe.export.vllm, architecture(source.config), job.recipe.seed,
                              device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.blocks import compute_device, compute_dtype
+from bipdeploy.blocks import compute_device, compute_dtype, release_memory
 from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.families import Architecture
@@ -46,6 +46,7 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     except InputError as error:
         job.reporter.note(f"bench.vllm not run: {error}")
         return {}, {"not_run": str(error)}
+    release_memory()
     return _Measurement(job, engine, folders, sizes).all()
 
 

@@ -134,6 +134,10 @@ def cause(output: str) -> str:
     for sign, meaning in _CAUSES:
         if sign in output:
             return meaning
+    # What pydantic found wrong stands on a line of its own, behind a headline that says nothing.
+    invalid = re.findall(r"Value error, ([^\n]*?)(?: \[type=|\n)", output)
+    if invalid:
+        return invalid[-1].strip()[:400]
     # vLLM prefixes its lines ("(EngineCore pid=7) ERROR 11-24 …"); the exception is what counts.
     errors = re.findall(r"((?:[A-Za-z_.]*)(?:Error|Exception): [^\n]*)", output)
     told = [e for e in errors if "Engine core initialization failed" not in e]
