@@ -223,7 +223,7 @@ def test_the_probe_can_make_bipdeploy_look_as_if_it_were_not_installed(tmp_path)
 def test_vllm_gives_the_sliced_models_tokens_uniform(tmp_path, variant, route):
     sliced, written = made(tmp_path, variant, UNIFORM)
     found = agrees(route, sliced, written)
-    assert found["class"].startswith("Transformers" if "backend" in route else "Mistral"), found
+    assert found["class"].startswith("Transformers" if "backend" in route else "Llama"), found
 
 
 @pytest.mark.vllm
