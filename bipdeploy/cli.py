@@ -85,6 +85,35 @@ def serve(context: typer.Context,
 
 
 @app.command()
+def generate(path: Annotated[str, typer.Argument(
+                 help="A run such as runs/quickstart, an exported folder, or a model.")],
+             prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+             new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+             temperature: Annotated[float, typer.Option(
+                 min=0, help="0 takes the likeliest token each time.")] = 0.0,
+             top_p: Annotated[float, typer.Option(
+                 min=0, max=1, help="Draw from the likeliest tokens of this mass.")] = 1.0,
+             seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+             engine: Annotated[str | None, typer.Option(
+                 help="transformers, onnx or vllm; by default what the folder is for.")] = None,
+             device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+             compare: Annotated[bool, typer.Option(
+                 "--compare", help="Dense and pruned side by side; takes a run.")] = False) -> None:
+    """Continue a prompt with any model that bipdeploy wrote, streamed."""
+    from bipdeploy import generation, screens
+
+    sampling = generation.Sampling(new_tokens, temperature, top_p, seed)
+    if compare:
+        dense, pruned = generation.pair(path)
+        screens.show_side_by_side({
+            "dense": generation.generate(dense, prompt, sampling, None, device),
+            "pruned": generation.generate(pruned, prompt, sampling, engine, device)})
+    else:
+        screens.show_stream(generation.generate(generation.artefact(path), prompt, sampling,
+                                                engine, device))
+
+
+@app.command()
 def plan(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
          settings: Set = None,
          runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),

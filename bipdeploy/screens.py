@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from bipdeploy import console, summary
 from bipdeploy.pipeline import RunResult
@@ -81,3 +83,33 @@ def show_gates(verdicts: Sequence[Mapping[str, Any]]) -> None:
         word = "[green]passed[/]" if verdict["passed"] else "[red]FAILED[/]"
         console.out.print(f"{word}  {verdict['figure']} {verdict['why']}")
     console.out.print()
+
+
+def show_stream(pieces: Iterable[str]) -> None:
+    """Text on stdout as it is made."""
+    for piece in pieces:
+        console.out.print(piece, end="", markup=False)
+        console.out.file.flush()
+    console.out.print()
+
+
+def show_side_by_side(streams: Mapping[str, Iterable[str]]) -> None:
+    """Several texts in columns, one after the other; where stdout is no terminal, as paragraphs."""
+    made = dict.fromkeys(streams, "")
+
+    def table() -> Table:
+        columns = Table(box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold")
+        for name in made:
+            columns.add_column(name, ratio=1)
+        columns.add_row(*(Text(text) for text in made.values()))
+        return columns
+
+    if not console.out.is_terminal:
+        for name, pieces in streams.items():
+            console.out.print(f"{name}: {''.join(pieces)}", markup=False)
+        return
+    with Live(table(), console=console.out, auto_refresh=False) as live:
+        for name, pieces in streams.items():
+            for piece in pieces:
+                made[name] += piece
+                live.update(table(), refresh=True)

@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
      "exporters.", "evaluation", "evaluation.", "measuring", "measuring.", "serving", "serving.",
      "templates"),
     ("stages", "stages.", "summary"),
-    ("pipeline", "plan"),
+    ("pipeline", "plan", "generation"),
     ("api", "screens", "cli", ""),
 ]
 
