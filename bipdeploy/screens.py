@@ -40,7 +40,7 @@ def show_comparison(folders: Mapping[str, Path]) -> None:
 
 def _show_rows(rows: Sequence[Row], titles: Sequence[str]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for title in titles:
         table.add_column(title, justify="right")
     for row in rows:
