@@ -23,7 +23,7 @@ import bipdeploy
 from bipdeploy import artifacts, console, sources
 from bipdeploy.criteria import NAMES
 from bipdeploy.data import text, windows
-from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.evaluation.perplexity import forward_of, perplexity
 from bipdeploy.modeling import loading
 
 WINDOW = 128
@@ -34,7 +34,7 @@ METHODS |= {name: (name, "bound") for name in NAMES if name != "llm_bip"}
 def perplexity_of(folder: Path, ids: torch.Tensor) -> float:
     """Perplexity of a model folder on a token sequence, windows of `WINDOW`, float32 on the CPU."""
     model = loading.load_model(folder, torch.float32, torch.device("cpu"))
-    return perplexity(model, ids, WINDOW, 16).perplexity
+    return perplexity(forward_of(model), ids, WINDOW, 16).perplexity
 
 
 def measure(model: str, method: str, ratios: list[float], seed: int, settings: list[str],

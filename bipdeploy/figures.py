@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bipdeploy.recipe import Recipe, VllmBench
+    from bipdeploy.recipe import OnnxExport, Recipe, VllmBench
 
 COMPARED = ("dense", "pruned", "ratio")
 TIMED = ("dense", "pruned", "speedup")
+# The exported model against its PyTorch twin: a ratio of perplexities, or how many times faster.
+VERSUS_TORCH = "versus_torch"
 VLLM_PERCENTILES = (50, 90, 99)
 
 
@@ -34,7 +36,20 @@ def expected(recipe: Recipe) -> set[str]:
         names |= {f"vllm.{base}.{kind}" for base in ("kv_tokens", "startup") for kind in COMPARED}
     if recipe.export.vllm.enabled:
         names.add("vllm.verified")
+    for prefix in onnx_prefixes(recipe.export.onnx):
+        names |= {f"{prefix}.bytes.{kind}" for kind in COMPARED}
+        if recipe.evaluate.perplexity.enabled:
+            for base in perplexity_names(recipe.evaluate.perplexity.windows):
+                names |= {f"{prefix}.{base}.{kind}" for kind in (*COMPARED, VERSUS_TORCH)}
+        if recipe.bench.onnx.enabled:
+            names |= {f"{prefix}.{base}.{kind}" for base in ("prefill", "decode", "ttft")
+                      for kind in (*TIMED, VERSUS_TORCH)}
     return names
+
+
+def onnx_prefixes(section: OnnxExport) -> list[str]:
+    """`onnx`, then one prefix per quantised copy; none where the target is not written."""
+    return ["onnx", *(f"onnx.{v}" for v in section.quantize)] if section.enabled else []
 
 
 def load_points(section: VllmBench) -> dict[str, dict[str, float]]:

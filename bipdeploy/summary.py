@@ -58,7 +58,8 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
     """The comparison of dense and pruned. `spread`: quartiles by figure name, where measured."""
-    found = _table({**_quality(figures), **_ROWS, **_vllm(figures)}, figures, spread)
+    found = _table({**_quality(figures), **_ROWS, **_onnx(figures), **_vllm(figures)}, figures,
+                   spread)
     order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
     return sorted(found, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
 
@@ -89,6 +90,19 @@ def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[flo
             if name.startswith(f"{base}.") and name.endswith(".dense") and name.count(".") == 2:
                 window = name.split(".")[1]
                 found[f"{base}.{window}"] = (f"{label}, window {window}", shown)
+    return found
+
+
+def _onnx(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
+    """The ONNX graph and its quantised copies: size, quality, speed."""
+    found: dict[str, tuple[str, Callable[[float], str]]] = {}
+    for prefix in sorted({f.rpartition(".bytes.")[0] for f in figures
+                          if f.startswith("onnx.") and ".bytes." in f}):
+        title = "ONNX" + prefix.removeprefix("onnx").replace(".", " ")
+        found |= {f"{prefix}.bytes": (f"{title}: weights", _bytes),
+                  f"{prefix}.perplexity": (f"{title}: perplexity", "{:.2f}".format),
+                  f"{prefix}.prefill": (f"{title}: prefill", _ms),
+                  f"{prefix}.decode": (f"{title}: decode", _rate)}
     return found
 
 

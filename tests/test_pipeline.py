@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bipdeploy import api, artifacts, cli, figures, recipe_file
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.evaluation.perplexity import forward_of, perplexity
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.pipeline import STAGES
 from tests.running import SMOKE, leftovers, python
@@ -378,7 +378,7 @@ def test_perplexity_equals_a_token_by_token_computation(tiny):
             logits = model(window[None, :position]).logits[0, -1].double()
             nats.append(-float(logits.log_softmax(-1)[window[position]]))
     seen = []
-    found = perplexity(model, ids, window=20, batch=1, advance=seen.append)
+    found = perplexity(forward_of(model), ids, window=20, batch=1, advance=seen.append)
     assert found.tokens == len(nats) == 38 and seen == [1, 1]
     assert found.perplexity == pytest.approx(math.exp(sum(nats) / 38), rel=1e-5)
     assert found.bits_per_byte(0.25) == pytest.approx(sum(nats) / 38 / math.log(2) / 4, rel=1e-5)
@@ -388,7 +388,7 @@ def test_perplexity_equals_a_token_by_token_computation(tiny):
 def test_perplexity_does_not_depend_on_the_batch(tiny):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     ids = torch.arange(7 * 16) % 4096
-    one, three = (perplexity(model, ids, 16, batch).nats for batch in (1, 3))
+    one, three = (perplexity(forward_of(model), ids, 16, batch).nats for batch in (1, 3))
     assert one == pytest.approx(three, rel=1e-6)
 
 

@@ -18,12 +18,9 @@ from bipdeploy.exporters import vllm as target
 from bipdeploy.exporters.portability import ROUTES, Question, Route
 from bipdeploy.families import architecture
 from bipdeploy.modeling import formats
-from bipdeploy.recipe import VllmExport
 from bipdeploy.serving import engine as engines
 from tests.sliced import architecture_of, draw_kept, loaded, logits, token_windows, write_sliced
 from tests.tiny import VARIANTS, tiny_model
-
-SLICED = Route("transformers", "", "", True, True, bipdeploy=True)
 
 # (KV heads as a share of the dense, FFN channels of 96) for each of four blocks.
 UNIFORM = [(0.5, 48)] * 4
@@ -32,8 +29,8 @@ PER_BLOCK = [(0.5, 48), (0, 64), (1, 0), (0.5, 40)]  # block 1 has no attention,
 
 
 def question(folder: Path, **changes: Any) -> Question:
-    section = VllmExport(**{"enabled": True, "prompts": 3, "new_tokens": 12, **changes})
-    return target.draw_question(section, architecture_of(folder), 0, "cpu")
+    asked = {"seed": 0, "prompts": 3, "new_tokens": 12, "dtype": "float32", "device": "cpu"}
+    return portability.draw_question(architecture_of(folder), **{**asked, **changes})
 
 
 def made(folder: Path, variant: str, shares: list[tuple[float, int]]) -> tuple[Path, Path]:
@@ -50,7 +47,7 @@ def made(folder: Path, variant: str, shares: list[tuple[float, int]]) -> tuple[P
 def agrees(name: str, sliced: Path, written: Path) -> dict[str, Any]:
     """The result of one route; fails where it is not verified with every token equal."""
     asked = question(sliced)
-    reference = portability.ask(SLICED, sliced, asked, [])
+    reference = portability.reference(sliced, asked)
     engine = engines.find() if ROUTES[name].engine == "vllm" else None
     result = portability.verify(name, written, asked, reference, engine)
     assert result["status"] == "verified", result
@@ -140,7 +137,7 @@ def test_a_checkpoint_with_other_weights_fails(tmp_path):
     other = tiny_model(tmp_path / "other", kv_heads=2, blocks=4, seed=1)
     asked = question(sliced)
     result = portability.verify("transformers.stock", other, asked,
-                                portability.ask(SLICED, sliced, asked, []), None)
+                                portability.reference(sliced, asked), None)
     assert result["status"] == "failed"
     assert result["why"]
 
@@ -150,7 +147,7 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_cause(tmp_path):
     (written / formats.CODE_FILE).unlink()
     asked = question(sliced)
     result = portability.verify("transformers.remote_code", written, asked,
-                                portability.ask(SLICED, sliced, asked, []), None)
+                                portability.reference(sliced, asked), None)
     assert result["status"] == "failed"
     assert formats.CODE_FILE in result["why"]
 
@@ -259,7 +256,7 @@ def test_the_plugin_gives_the_same_tokens_compiled(tmp_path, monkeypatch):
         seen.update(request["options"])
         return run(request, folder, variables)
 
-    reference = portability.ask(SLICED, sliced, asked, [])
+    reference = portability.reference(sliced, asked)
     run = portability._run
     monkeypatch.setattr(portability, "_run", compiled)
     result = portability.verify("vllm.plugin", written, asked, reference, engines.find())

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from bipdeploy.artifacts import hardware, write_json
 from bipdeploy.data import pydocs, text, windows
-from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.evaluation.perplexity import forward_of, perplexity
 from bipdeploy.modeling import loading
 from bipdeploy.sources import BUILTIN_FOLDER
 
@@ -122,7 +122,8 @@ def card(data: Path, model: Path, overlap: dict[str, float]) -> str:
         tokens=last["tokens"], per_parameter=last["tokens"] / log["parameters"],
         unique=log["train_tokens_unique"], seed=log["seed"], steps=last["step"],
         batch=log["batch"], hours=last["seconds"] / 3600, cpu=hardware()["cpu"],
-        heldout=math.exp(last["heldout_loss"]), pydocs=perplexity(loaded, ids, 128, 16).perplexity,
+        heldout=math.exp(last["heldout_loss"]),
+        pydocs=perplexity(forward_of(loaded), ids, 128, 16).perplexity,
         python=platform.python_version(), packages=len(used), overlap=overlap["test"],
         licences=", ".join(f"{name} ({count})" for name, count in licences.most_common()),
         rows="\n".join(f"| {p['package']} | {p['version']} | {p['licence']} | {p['characters']:,} |"

@@ -27,7 +27,11 @@ class Perplexity(NamedTuple):
         return self.nats / math.log(2) * tokens_per_byte
 
 
-def perplexity(model: torch.nn.Module, ids: torch.Tensor, window: int, batch: int,
+# Token ids [B, T] → logits [B, T, V], on any device.
+Forward = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def perplexity(forward: Forward, ids: torch.Tensor, window: int, batch: int,
                advance: Callable[[int], None] = lambda _: None) -> Perplexity:
     """Token-level perplexity of a causal model on a token sequence [tokens].
 
@@ -41,15 +45,20 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, window: int, batch: in
     if not count:
         raise InputError(f"evaluate.perplexity: the text has {len(ids)} tokens, which fills no "
                          f"window of {window}; give a longer text or a shorter window")
-    device = next(model.parameters()).device
     total = 0.0
     with torch.inference_mode():
         for windows in ids[:count * window].view(count, window).split(batch):
-            x = windows.to(device)
-            logits = model(x, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(),
+            logits = forward(windows)[:, :-1].float()
+            targets = windows[:, 1:].flatten().to(logits.device)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets,
                                                      reduction="sum")
             total += float(loss)
             advance(len(windows))
     predicted = count * (window - 1)
     return Perplexity(total / predicted, predicted)
+
+
+def forward_of(model: torch.nn.Module) -> Forward:
+    """A transformers model as `perplexity` takes it."""
+    device = next(model.parameters()).device
+    return lambda ids: model(ids.to(device), use_cache=False).logits

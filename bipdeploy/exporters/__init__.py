@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Exporter:
     """`function` is "module:name" below bipdeploy.exporters. It writes a folder, verifies that what
-    it wrote loads and agrees with the model it came from, and returns a record of that."""
+    it wrote loads and agrees with the model it came from, and returns figures and a record."""
 
     function: str
     description: str
 
-    def load(self) -> Callable[[Job, Path], dict[str, Any]]:
+    def load(self) -> Callable[[Job, Path], tuple[dict[str, float], dict[str, Any]]]:
         module, _, name = self.function.partition(":")
         return getattr(importlib.import_module(f"bipdeploy.exporters.{module}"), name)
 
@@ -28,5 +28,6 @@ class Exporter:
 # Keys are the fields of the recipe's export section and the folders' names.
 EXPORTERS: dict[str, Exporter] = {
     "transformers": Exporter("transformers:export", "safetensors for AutoModelForCausalLM"),
+    "onnx": Exporter("onnx:export", "a graph for ONNX Runtime, with its KV cache"),
     "vllm": Exporter("vllm:export", "safetensors that vLLM serves"),
 }

@@ -34,3 +34,12 @@ def copy_checkpoint(source: Checkpoint, out: Path) -> None:
 def add_code(out: Path) -> None:
     """Put the per-block model class beside the weights."""
     shutil.copyfile(modeling_bipdeploy.__file__, out / CODE_FILE)
+
+
+def onnx_folders(export: Path | None) -> dict[str, Path]:
+    """The ONNX folders that an export stage wrote, by the prefix of their figures: `onnx`,
+    `onnx.int4`…"""
+    if export is None:
+        return {}
+    return {folder.name.replace("-", ".", 1): folder for folder in sorted(export.glob("onnx*"))
+            if (folder / "model.onnx").is_file()}

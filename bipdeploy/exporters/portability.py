@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 import tempfile
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy.errors import InputError
+from bipdeploy.errors import InputError, StageError
+from bipdeploy.families import Architecture
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving import probe
 from bipdeploy.serving.engine import Engine
 
+PROMPT_TOKENS = (5, 9, 17, 33)  # lengths of the prompts, in turn
 VERIFIED, FAILED, NOT_RUN = "verified", "failed", "not run"
 
 
@@ -65,6 +68,25 @@ class Question:
     new_tokens: int
     dtype: str
     device: str
+
+
+def draw_question(arch: Architecture, seed: int, prompts: int, new_tokens: int, dtype: str,
+                  device: str) -> Question:
+    """Prompts of random tokens that fit the model with what is generated."""
+    draw = random.Random(seed)
+    longest = arch.max_positions - new_tokens - 1
+    lengths = [min(PROMPT_TOKENS[i % len(PROMPT_TOKENS)], longest) for i in range(prompts)]
+    return Question([[draw.randrange(arch.vocabulary) for _ in range(n)] for n in lengths],
+                    new_tokens, dtype, device)
+
+
+def reference(sliced: Path, question: Question) -> dict[str, Any]:
+    """What the sliced model itself says, as bipdeploy loads it. Raises StageError where it cannot
+    be run."""
+    try:
+        return ask(Route("transformers", "", "", True, True, bipdeploy=True), sliced, question, [])
+    except ProbeFailed as failed:
+        raise StageError(f"the sliced model cannot be run: {failed}") from failed
 
 
 def not_run(why: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 PROBE_TOKENS = 64
 
 
-def export(job: Job, out: Path) -> dict[str, Any]:
+def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Write the folder and load it back; its logits must equal those of the repaired model."""
     source = Checkpoint(job.inputs["pruned"])
     copy_checkpoint(source, out)
@@ -32,11 +32,11 @@ def export(job: Job, out: Path) -> dict[str, Any]:
     (out / "README.md").write_text(model_card(
         source, job.recipe if "prune" in job.inputs else None))
     difference = logits_difference(job, source.folder, out)
-    return {"architecture": source.config["architectures"][0],
-            "needs": "trust_remote_code=True, or bipdeploy installed" if per_block
-            else "nothing besides transformers",
-            "verified": {"by": "AutoModelForCausalLM.from_pretrained",
-                         "largest_logit_difference": difference}}
+    return {}, {"architecture": source.config["architectures"][0],
+                "needs": "trust_remote_code=True, or bipdeploy installed" if per_block
+                else "nothing besides transformers",
+                "verified": {"by": "AutoModelForCausalLM.from_pretrained",
+                             "largest_logit_difference": difference}}
 
 
 @torch.no_grad()

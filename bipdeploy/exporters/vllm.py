@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +13,20 @@ from bipdeploy.errors import InputError, StageError
 from bipdeploy.exporters import portability
 from bipdeploy.exporters.card import model_card
 from bipdeploy.exporters.folder import add_code, copy_checkpoint, is_per_block
-from bipdeploy.exporters.portability import ROUTES, Question, Route
+from bipdeploy.exporters.portability import ROUTES
 from bipdeploy.families import Architecture, architecture
 from bipdeploy.modeling.formats import ZERO_ATTENTION, vllm_config
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving.engine import Engine
 
 if TYPE_CHECKING:
-    from bipdeploy.recipe import VllmExport
     from bipdeploy.stages.job import Job
 
-PROMPT_TOKENS = (5, 9, 17, 33)  # lengths of the prompts, in turn
 
-
-def export(job: Job, out: Path) -> dict[str, Any]:
+def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Write the folder, then load it in every engine. Raises StageError where transformers, which
-    is always here, does not agree with the sliced model; what vLLM does is recorded."""
+    is always here, does not agree with the sliced model; what vLLM does is recorded, and the
+    figure `vllm.verified` is 1 where every way that was tried works."""
     source = Checkpoint(job.inputs["pruned"])
     write(source, out, job.recipe.hardware.tensor_parallel)
     config = Checkpoint(out).config
@@ -43,9 +40,12 @@ def export(job: Job, out: Path) -> dict[str, Any]:
             job.reporter.note(f"vLLM ({ROUTES[name].how}) failed: {result['why']}")
     (out / "README.md").write_text(model_card(
         Checkpoint(out), job.recipe if "prune" in job.inputs else None, results))
-    return {"architecture": config["architectures"][0], "portability": results,
-            "needs": "bipdeploy installed, or --trust-remote-code" if per_block
-            else "nothing besides vLLM"}
+    tried = {result["status"] for name, result in results.items() if ROUTES[name].engine == "vllm"}
+    verified = float(portability.VERIFIED in tried and portability.FAILED not in tried)
+    return {"vllm.verified": verified}, {
+        "architecture": config["architectures"][0], "portability": results,
+        "needs": "bipdeploy installed, or --trust-remote-code" if per_block
+        else "nothing besides vLLM"}
 
 
 def write(source: Checkpoint, out: Path, tensor_parallel: int) -> None:
@@ -91,16 +91,12 @@ def zero_attention(arch: Architecture, heads: int, dtype: torch.dtype) -> dict[s
 def verify_all(job: Job, source: Checkpoint, out: Path, per_block: bool) -> dict[str, Any]:
     """The result of every route, in the order of the table."""
     release_memory()
-    device = str(compute_device(job.recipe.model))
-    question = draw_question(job.recipe.export.vllm, architecture(source.config), job.recipe.seed,
-                             device)
-    # The sliced model itself, as bipdeploy loads it.
-    sliced = Route("transformers", "", "", True, True, bipdeploy=True)
-    try:
-        reference = portability.ask(sliced, source.folder, question, [])
-    except portability.ProbeFailed as failed:
-        raise StageError(f"the sliced model cannot be run: {failed}") from failed
-    engine, missing = _engine(architecture(source.config))
+    section, arch = job.recipe.export.vllm, architecture(source.config)
+    question = portability.draw_question(arch, job.recipe.seed, section.prompts,
+                                         section.new_tokens, section.dtype,
+                                         str(compute_device(job.recipe.model)))
+    reference = portability.reference(source.folder, question)
+    engine, missing = _engine(arch)
     split = job.recipe.hardware.tensor_parallel
     if engine and engine.devices < split:
         job.reporter.note(f"vLLM is tried on one device: hardware.tensor_parallel is {split}, and "
@@ -125,11 +121,3 @@ def _engine(arch: Architecture) -> tuple[Engine | None, str]:
     except InputError as error:
         return None, str(error)
 
-
-def draw_question(section: VllmExport, arch: Architecture, seed: int, device: str) -> Question:
-    """Prompts of random tokens that fit the model with what is generated."""
-    draw = random.Random(seed)
-    longest = arch.max_positions - section.new_tokens - 1
-    lengths = [min(PROMPT_TOKENS[i % len(PROMPT_TOKENS)], longest) for i in range(section.prompts)]
-    prompts = [[draw.randrange(arch.vocabulary) for _ in range(n)] for n in lengths]
-    return Question(prompts, section.new_tokens, section.dtype, device)

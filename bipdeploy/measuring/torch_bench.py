@@ -17,7 +17,7 @@ from bipdeploy.families import architecture
 from bipdeploy.figures import compared
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
-from bipdeploy.recipe import TorchBench
+from bipdeploy.recipe import OnnxBench, TorchBench
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> dict
 
 
 def summarise(times: dict[str, dict[str, list[float]]],
-              section: TorchBench) -> tuple[dict[str, float], dict[str, Any]]:
+              section: TorchBench | OnnxBench) -> tuple[dict[str, float], dict[str, Any]]:
     """Times as figures: prefill and ttft in milliseconds, decode in tokens per second."""
     figures: dict[str, float] = {}
     details: dict[str, Any] = {"units": {"prefill": "ms", "ttft": "ms", "decode": "tokens/s"},

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from typing import Any
 
-from bipdeploy.measuring import torch_bench, vllm_bench
 from bipdeploy.stages.job import Job
 
-# Keys are the fields of the recipe's bench section.
-ENGINES: dict[str, Callable[[Job], tuple[dict[str, float], dict[str, Any]]]] = {
-    "torch": torch_bench.run,
-    "vllm": vllm_bench.run,
-}
+# Keys are the fields of the recipe's bench section; each module below bipdeploy.measuring has a
+# function `run(job) -> (figures, details)`.
+ENGINES = {"torch": "torch_bench", "onnx": "onnx_bench", "vllm": "vllm_bench"}
 
 
 def run(job: Job) -> None:
     """Write `bench.json` and the speed figures of every enabled engine."""
     record: dict[str, Any] = {}
     figures: dict[str, float] = {}
-    for name, engine in ENGINES.items():
+    for name, module in ENGINES.items():
         if getattr(job.recipe.bench, name).enabled:
-            measured, record[name] = engine(job)
+            engine = importlib.import_module(f"bipdeploy.measuring.{module}")
+            measured, record[name] = engine.run(job)
             figures |= measured
         else:
             record[name] = {"not_run": f"bench.{name}.enabled is false"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bipdeploy.blocks import compute_device, compute_dtype
@@ -9,9 +10,10 @@ from bipdeploy.calibration import calibration_split, test_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError
-from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.evaluation.perplexity import Forward, Perplexity, forward_of, perplexity
+from bipdeploy.exporters.folder import onnx_folders
 from bipdeploy.families import architecture
-from bipdeploy.figures import compared
+from bipdeploy.figures import VERSUS_TORCH, compared
 from bipdeploy.modeling import loading
 from bipdeploy.recipe import Recipe
 from bipdeploy.stages.job import Job
@@ -47,24 +49,27 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     ids = full[:section.max_tokens]
     device = compute_device(recipe.model)
     dtype = compute_dtype(recipe.model, config, device)
+    onnx = onnx_folders(job.inputs.get("export"))
     steps = sum(len(ids) // n for n in lengths.values())
-    job.reporter.total(2 * steps, "windows")
-    results: dict[str, dict] = {}
+    job.reporter.total((2 + len(onnx)) * steps, "windows")
+
+    def measured(forward: Forward) -> dict[Any, Perplexity]:
+        return {w: perplexity(forward, ids, n, section.batch, job.reporter.advance)
+                for w, n in lengths.items()}
+
+    results = {}
     for which, folder in folders.items():
         model = loading.load_model(folder, dtype, device,
                                    trust_remote_code=recipe.model.trust_remote_code)
-        results[which] = {w: perplexity(model, ids, n, section.batch, job.reporter.advance)
-                          for w, n in lengths.items()}
+        results[which] = measured(forward_of(model))
         del model
-    figures: dict[str, float] = {}
-    for window in section.windows:
-        pair = [results[which][window] for which in ("dense", "pruned")]
-        values = {"perplexity": [p.perplexity for p in pair],
-                  "bits_per_byte": [p.bits_per_byte(tokens_per_byte) for p in pair]}
-        for base, (dense, pruned) in values.items():
-            figures |= compared(f"{base}.{window}", dense, pruned)
-            if window == section.windows[0]:
-                figures |= compared(base, dense, pruned)
+    figures = _figures("", section.windows, results["dense"], results["pruned"], tokens_per_byte)
+    for prefix, folder in onnx.items():
+        from bipdeploy.ort.runtime import OnnxModel
+
+        found = measured(OnnxModel(folder, device.type).logits)
+        figures |= _figures(f"{prefix}.", section.windows, results["dense"], found,
+                            tokens_per_byte, torch=results["pruned"])
     record = {"protocol": "non-overlapping windows; the first token of each is context only; "
               "token-level", "data": source.name, "split": source.split,
               "text_sha256": source.sha256, "overlap_with_calibration": overlap,
@@ -72,6 +77,24 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
               "windows": {str(w): {"tokens": n, "predicted": results["dense"][w].tokens}
                           for w, n in lengths.items()}}
     return figures, record
+
+
+def _figures(prefix: str, names: Sequence[int | str], dense: Mapping[Any, Perplexity],
+             pruned: Mapping[Any, Perplexity], tokens_per_byte: float,
+             torch: Mapping[Any, Perplexity] | None = None) -> dict[str, float]:
+    """Figures of one artefact beside the dense model; `torch`: the same weights in PyTorch."""
+    figures: dict[str, float] = {}
+    for window in names:
+        bases = [""] if window == names[0] else []
+        for suffix in (*bases, f".{window}"):
+            for base, value in (("perplexity", lambda p: p.perplexity),
+                                ("bits_per_byte", lambda p: p.bits_per_byte(tokens_per_byte))):
+                name = f"{prefix}{base}{suffix}"
+                figures |= compared(name, value(dense[window]), value(pruned[window]))
+                if torch is not None:
+                    figures[f"{name}.{VERSUS_TORCH}"] = (value(pruned[window])
+                                                         / value(torch[window]))
+    return figures
 
 
 def window_tokens(window: int | str, max_positions: int) -> int:

@@ -1,0 +1,165 @@
+"""Target `onnx`: a graph with a KV cache, checked in ONNX Runtime against the sliced model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bipdeploy import artifacts
+from bipdeploy.blocks import compute_device, compute_dtype
+from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.errors import StageError
+from bipdeploy.exporters import portability
+from bipdeploy.exporters.portability import Question
+from bipdeploy.families import architecture
+from bipdeploy.figures import compared
+from bipdeploy.modeling import loading
+from bipdeploy.ort import folder as onnx_folder
+from bipdeploy.ort.quantize import quantize
+from bipdeploy.ort.runtime import OnnxModel
+
+if TYPE_CHECKING:
+    from bipdeploy.stages.job import Job
+
+# Largest difference of logits, as a share of the largest logit, by the type of the graph.
+TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+NEW_TOKENS = 32
+PROMPTS = 4
+
+
+def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Write the folder and its quantised copies, and run them. Raises StageError where the graph
+    does not agree with the sliced model; of quantised weights the difference is recorded."""
+    section, source = job.recipe.export.onnx, Checkpoint(job.inputs["pruned"])
+    style, dtype = style_and_dtype(job)
+    onnx_folder.write(source, out, style=style, dtype=dtype)
+    copies = {name: out.with_name(f"{out.name}-{name}") for name in section.quantize}
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".whole-") as place:
+        whole = out
+        if copies and dtype != "float32":  # what the quantisers read
+            whole = Path(place) / "float32"
+            onnx_folder.write(source, whole, style=style, dtype="float32")
+        for name, copy in copies.items():
+            quantize(whole, copy, name)
+    question = portability.draw_question(architecture(source.config), job.recipe.seed, PROMPTS,
+                                         NEW_TOKENS, dtype, str(compute_device(job.recipe.model)))
+    reference = portability.reference(source.folder, question)
+    checked = verify(job, source.folder, out, question, reference)
+    figures = _sizes(job, {"onnx": out, **{f"onnx.{n}": copy for n, copy in copies.items()}}, dtype)
+    return figures, {
+        "architecture": f"{style} graph in {dtype}", "needs": "onnxruntime 1.24 or later",
+        "verified": {"by": "ONNX Runtime, " + checked.pop("by"), **checked},
+        "quantized": {name: _logits(job, source.folder, copy, question)
+                      for name, copy in copies.items()}}
+
+
+def style_and_dtype(job: Job) -> tuple[str, str]:
+    """The recipe's style and type of the graph, with `auto` decided."""
+    section, device = job.recipe.export.onnx, compute_device(job.recipe.model)
+    dtype = section.dtype
+    if dtype == "auto":
+        config = Checkpoint(job.inputs["pruned"]).config
+        dtype = str(compute_dtype(job.recipe.model, config, device)).removeprefix("torch.")
+    style = section.style
+    if style == "auto":
+        style = "std" if device.type == "cuda" and dtype == "float32" else "gqa"
+    return style, dtype
+
+
+def verify(job: Job, source: Path, written: Path, question: Question,
+           reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Logits of prompts, greedy tokens of a padded batch, and the same in onnxruntime-genai."""
+    found = _logits(job, source, written, question)
+    allowed = TOLERANCE[question.dtype]
+    if not found["relative_logit_difference"] <= allowed:
+        raise StageError("the ONNX graph does not agree with the model it was made from: logits "
+                         f"differ by {found['relative_logit_difference']:.3g} of the largest, "
+                         f"allowed {allowed:g}")
+    device = compute_device(job.recipe.model).type
+    agreed = portability.compare(reference, answer(written, question, reference, device),
+                                 question.dtype)
+    if agreed["why"]:
+        raise StageError(f"the ONNX graph does not generate as the model it was made from: "
+                         f"{agreed['why']}")
+    return {"by": f"prefill and {question.new_tokens} greedy tokens of {agreed['prompts']} prompts "
+            "in one padded batch", **found, "tokens": agreed,
+            "genai": in_genai(written, question, reference)}
+
+
+def answer(written: Path, question: Question, reference: Mapping[str, Any],
+           device: str) -> dict[str, Any]:
+    """What ONNX Runtime generates for all prompts in one right-padded batch, and how likely it
+    finds the tokens of the reference; the form of `serving/probe.py`."""
+    model = OnnxModel(written, device)
+    longest = max(map(len, question.prompts))
+    ids = torch.zeros(len(question.prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(question.prompts):
+        ids[row, :len(prompt)], mask[row, :len(prompt)] = torch.tensor(prompt), 1
+    tokens = model.generate(ids, question.new_tokens, mask=mask).tolist()
+    scored = []
+    for prompt, rest in zip(question.prompts, reference["tokens"], strict=True):
+        logprobs = model.logits(torch.tensor([prompt + rest]))[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(rest) - 1)
+        scored.append([float(logprobs[at, token])
+                       for at, token in zip(places, rest, strict=True)])
+    return {"tokens": tokens, "scored": scored}
+
+
+def in_genai(written: Path, question: Question, reference: Mapping[str, Any]) -> dict[str, Any]:
+    """The same greedy tokens by onnxruntime-genai, where that is installed."""
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        return portability.not_run("onnxruntime-genai is not installed")
+    if question.dtype != "float32":
+        return portability.not_run(f"greedy tokens are compared in float32, this is "
+                                   f"{question.dtype}")
+    model = genai.Model(str(written))
+    tokens = []
+    for prompt in question.prompts:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + question.new_tokens,
+                                      min_length=len(prompt) + question.new_tokens,
+                                      do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        tokens.append([int(t) for t in generator.get_sequence(0)[len(prompt):]])
+    agreed = portability.compare(reference, {"tokens": tokens, "scored": reference["logprobs"]},
+                                 question.dtype)
+    return {"status": portability.FAILED if agreed["why"] else portability.VERIFIED,
+            "why": agreed["why"], "equal_tokens": agreed["equal_tokens"],
+            "prompts": agreed["prompts"]}
+
+
+@torch.inference_mode()
+def _logits(job: Job, source: Path, written: Path, question: Question) -> dict[str, float]:
+    """How far the logits of the longest prompt lie from those of the sliced model."""
+    device = compute_device(job.recipe.model)
+    ids = torch.tensor([max(question.prompts, key=len)])
+    sliced = loading.load_model(source, getattr(torch, question.dtype), device)
+    expected = sliced(ids.to(device)).logits.float().cpu()
+    del sliced
+    found = OnnxModel(written, device.type).logits(ids).float().cpu()
+    difference = float((found - expected).abs().max())
+    return {"largest_logit_difference": difference,
+            "relative_logit_difference": difference / float(expected.abs().max())}
+
+
+def _sizes(job: Job, folders: Mapping[str, Path], dtype: str) -> dict[str, float]:
+    """Bytes of each folder's weights, beside those of the dense model in the graph's type."""
+    if "prune" not in job.inputs:
+        return {}
+    dense = artifacts.figures([job.inputs["prune"]])["parameters.dense"]
+    figures: dict[str, float] = {}
+    for prefix, folder in folders.items():
+        size = (folder / onnx_folder.DATA).stat().st_size
+        figures |= compared(f"{prefix}.bytes", dense * getattr(torch, dtype).itemsize, size)
+    return figures
+

@@ -1,0 +1,83 @@
+"""Latency in ONNX Runtime: dense, pruned and quantised, interleaved with the same in PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bipdeploy.blocks import compute_device, compute_dtype
+from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.exporters.folder import onnx_folders
+from bipdeploy.figures import VERSUS_TORCH
+from bipdeploy.measuring import torch_bench
+from bipdeploy.measuring.timing import interleaved, speedup
+from bipdeploy.modeling import loading
+from bipdeploy.ort import folder as onnx_folder
+from bipdeploy.ort.runtime import OnnxModel
+
+if TYPE_CHECKING:
+    from bipdeploy.stages.job import Job
+
+MEASURES = ("prefill", "decode", "ttft")
+DENSE, TORCH = "onnx dense", "torch pruned"
+
+
+def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures and details. The dense model is exported in the same style and type for it."""
+    section, device = job.recipe.bench.onnx, compute_device(job.recipe.model)
+    dense = Checkpoint(job.inputs["dense"])
+    dtype = compute_dtype(job.recipe.model, dense.config, device)
+    written = onnx_folders(job.inputs["export"])
+    contents = onnx_folder.read(written["onnx"])
+    generator = torch.Generator().manual_seed(job.recipe.seed)
+    ids = torch.randint(dense.config["vocab_size"], (section.batch, section.prompt_tokens),
+                        generator=generator)
+    job.reporter.total(section.warmup + section.repeats, "rounds")
+    with tempfile.TemporaryDirectory(dir=job.out, prefix=".dense-") as place:
+        whole = Path(place) / "dense"
+        onnx_folder.write(dense, whole, style=contents.style, dtype=contents.dtype)
+        models = {DENSE: OnnxModel(whole, device.type),
+                  **{prefix: OnnxModel(folder, device.type) for prefix, folder in written.items()}}
+        runs: dict[str, Callable[[], dict[str, float]]] = {
+            name: partial(generate, model, ids, section.new_tokens)
+            for name, model in models.items()}
+        torch_model = loading.load_model(job.inputs["exported"], dtype, device)
+        runs[TORCH] = partial(torch_bench.generate, torch_model, ids.to(device),
+                              section.new_tokens)
+        times = interleaved(runs, section.repeats, section.warmup, job.reporter.advance)
+    figures: dict[str, float] = {}
+    spread: dict[str, Any] = {}
+    for prefix in written:
+        found, details = torch_bench.summarise({"dense": times[DENSE], "pruned": times[prefix]},
+                                               section)
+        figures |= {f"{prefix}.{name}": value for name, value in found.items()}
+        spread |= {f"{prefix}.{name}": value for name, value in details["spread"].items()}
+        for measure in MEASURES:
+            gain = speedup(times[TORCH][measure], times[prefix][measure])
+            figures[f"{prefix}.{measure}.{VERSUS_TORCH}"] = gain.median
+            spread[f"{prefix}.{measure}.{VERSUS_TORCH}"] = gain.as_dict()
+    return figures, {
+        "device": str(device), "style": contents.style, "dtype": contents.dtype,
+        "torch_dtype": str(dtype), "threads": torch.get_num_threads(), "batch": section.batch,
+        "prompt_tokens": section.prompt_tokens, "new_tokens": section.new_tokens,
+        "repeats": section.repeats, "spread": spread}
+
+
+def generate(model: OnnxModel, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """Seconds of one greedy generation for ids [B, T], measured as `torch_bench.generate` does."""
+    began = time.perf_counter()
+    logits, cache = model.prefill(ids, room=new_tokens - 1)
+    prefilled = time.perf_counter()
+    token = logits.argmax(-1)
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        token = model.step(token, cache).argmax(-1)
+    ended = time.perf_counter()
+    return {"prefill": prefilled - began, "ttft": first - began,
+            "decode": (ended - first) / (new_tokens - 1)}
