@@ -176,17 +176,13 @@ class _Writer(ABC):
 
     def tables(self) -> list[ir.Value]:
         """cos and sin [positions, head_dim / 2]."""
-        made: list[torch.Tensor] = []
+        positions, half = self.arch.max_positions, self.arch.head_dim // 2
 
-        def table(which: int) -> torch.Tensor:
-            if not made:
-                made.extend(rope.tables(self.arch.family, self.config, self.arch.max_positions,
-                                        self.n.torch_dtype))
-            return made[which]
+        def both() -> tuple[torch.Tensor, torch.Tensor]:
+            return rope.tables(self.arch.family, self.config, positions, self.n.torch_dtype)
 
-        shape = (self.arch.max_positions, self.arch.head_dim // 2)
-        return [self.n.weight(name, shape, lambda which=which: table(which))
-                for which, name in enumerate(("rope.cos", "rope.sin"))]
+        return [self.n.weight("rope.cos", (positions, half), lambda: both()[0]),
+                self.n.weight("rope.sin", (positions, half), lambda: both()[1])]
 
     def _input(self, name: str, dtype: ir.DataType, *shape: str | int) -> ir.Value:
         value = ir.val(name, dtype, shape)
@@ -249,17 +245,17 @@ class _Std(_Writer):
         past = self.n.op("Sub", total, new)
         zero, one = self.n.ints(0, scalar=True), self.n.ints(1, scalar=True)
         counted = self.n.op("Sub", self.n.op("CumSum", self.mask, one), one)
-        self.positions = self.n.op("Slice", self.n.op("Max", counted, zero),
+        self.key_positions = self.n.op("Max", counted, zero)
+        self.positions = self.n.op("Slice", self.key_positions,
                                    self.n.op("Unsqueeze", past, self.n.ints(0)),
                                    self.n.op("Unsqueeze", total, self.n.ints(0)), self.n.ints(1))
-        self.keys = self.n.op("Range", zero, total, one)
-        queries = self.n.op("Range", past, total, one)
-        self.queries = self.n.op("Unsqueeze", queries, self.n.ints(1))
+        keys = self.n.op("Range", zero, total, one)
+        queries = self.n.op("Unsqueeze", self.n.op("Range", past, total, one), self.n.ints(1))
         # A token of padding sees itself, or its row would be empty and its output no number.
         real = self.n.op("Unsqueeze", self.n.op("Cast", self.mask, to=ir.DataType.BOOL),
                          self.n.ints(1, 2))
-        seen = self.n.op("Or", real, self.n.op("Equal", self.keys, self.queries))
-        before = self.n.op("LessOrEqual", self.keys, self.queries)
+        seen = self.n.op("Or", real, self.n.op("Equal", keys, queries))
+        before = self.n.op("LessOrEqual", keys, queries)
         self.masks: dict[int | None, ir.Value] = {None: self.n.op("And", seen, before)}
 
     def norm(self, name: str) -> ir.Value:
@@ -288,8 +284,11 @@ class _Std(_Writer):
     def _mask(self, window: int | None) -> ir.Value:
         """Which key each query sees: [batch, 1, sequence, total]."""
         if window not in self.masks:
-            first = self.n.op("Sub", self.queries, self.n.ints(window or 0, scalar=True))
-            near = self.n.op("Greater", self.keys, first)
+            # By positions, not columns: padding between two tokens is no distance.
+            first = self.n.op("Sub", self.positions, self.n.ints(window or 0, scalar=True))
+            near = self.n.op("Greater",
+                             self.n.op("Unsqueeze", self.key_positions, self.n.ints(1, 2)),
+                             self.n.op("Unsqueeze", first, self.n.ints(1, 3)))
             self.masks[window] = self.n.op("And", self.masks[None], near)
         return self.masks[window]
 

@@ -17,9 +17,9 @@ def check(config: Any, positions: int) -> None:
     rope = config.rope_parameters
     short = rope.get("original_max_position_embeddings") or positions
     if rope["rope_type"] == "longrope" and positions > short:
-        raise InputError(f"rope_type is longrope, whose frequencies change beyond {short} tokens, "
-                         f"and an ONNX graph has one table; set max_position_embeddings ({positions}"
-                         f") to {short} in config.json")
+        raise InputError(f"rope_type longrope changes its frequencies beyond {short} tokens, and "
+                         "an ONNX graph has one table of them; lower max_position_embeddings in "
+                         f"config.json from {positions} to {short}")
 
 
 def tables(family: Family, config: Any, positions: int, dtype: torch.dtype
