@@ -1,0 +1,111 @@
+"""Opening a graph in onnxruntime, on the device that was asked for or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bipdeploy.errors import InputError, did_you_mean
+from bipdeploy.ort.folder import Contents
+
+DEVICES = ("auto", "cpu", "cuda")
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+# Operators on hidden states: on a GPU they all run there. What counts tokens may stay on the CPU.
+HEAVY = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "RMSNormalization",
+         "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"}
+
+
+def library() -> Any:
+    """The module onnxruntime. Raises InputError where it is not installed."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise InputError("onnxruntime is not installed; `pip install 'bipdeploy[onnx]'` for the "
+                         "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)"
+                         ) from error
+    return onnxruntime
+
+
+def device_for(wanted: str, contents: Contents) -> torch.device:
+    """The device for a folder; "auto": CUDA where it is there and can run the folder.
+
+    Raises InputError where the one that is asked for is not there, or cannot run it.
+    """
+    if wanted not in DEVICES:
+        raise InputError(f"device {wanted!r} is not known{did_you_mean(wanted, DEVICES)}")
+    missing = _no_cuda() or _not_on_cuda(contents)
+    if wanted == "cuda" and missing:
+        raise InputError(f"device cuda was asked for, and {missing}")
+    if wanted == "cuda" or (wanted == "auto" and not missing):
+        return torch.device("cuda", 0)
+    if contents.dtype == "bfloat16":
+        raise InputError("onnxruntime has no bfloat16 on a CPU; export float32 or float16, or run "
+                         "on an NVIDIA GPU")
+    return torch.device("cpu")
+
+
+def _no_cuda() -> str | None:
+    """Why there is no CUDA here, or None."""
+    if CUDA not in library().get_available_providers():
+        return ("the installed onnxruntime is built for the CPU; uninstall it and "
+                "`pip install 'bipdeploy[onnx-gpu]'`, or use auto or cpu")
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU here; use auto or cpu"
+    return None
+
+
+def _not_on_cuda(contents: Contents) -> str | None:
+    """Why CUDA cannot run a folder, or None."""
+    if contents.quantized == "int8_dynamic":
+        return "int8_dynamic runs on a CPU only; use int4, or a 16-bit export"
+    if contents.style == "gqa" and contents.dtype == "float32":
+        return ("GroupQueryAttention has no float32 there; export float16 or bfloat16, or the "
+                "style std")
+    return None
+
+
+def open_session(path: Path, device: torch.device, threads: int | None = None) -> Any:
+    """An `InferenceSession` whose work is on `device`. `threads`: None leaves it to onnxruntime.
+
+    Raises InputError where onnxruntime cannot run the graph, or not there.
+    """
+    ort = library()
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; give 1 or more, or none for onnxruntime's choice")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about placing small nodes
+    options.intra_op_num_threads = threads or 0
+    if device.type == "cuda":
+        ort.preload_dlls()
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    providers = [CUDA, CPU] if device.type == "cuda" else [CPU]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its exceptions have no common class
+        raise InputError(f"{path}: onnxruntime {ort.__version__} does not run this graph on "
+                         f"{device.type}: {_cause(error)}; install a newer onnxruntime, or export "
+                         "another style or type") from error
+    if providers[0] not in session.get_providers():
+        raise InputError(f"onnxruntime {ort.__version__} could not start {CUDA} (its CUDA or cuDNN "
+                         "libraries do not load); install the CUDA version that it names, or use "
+                         "device cpu")
+    if device.type == "cuda":
+        stray = heavy_on(session, CPU)
+        if stray:
+            raise InputError(f"{path}: onnxruntime {ort.__version__} has no CUDA kernel for "
+                             f"{', '.join(stray)}; install a newer one, or use device cpu")
+    return session
+
+
+def heavy_on(session: Any, provider: str) -> list[str]:
+    """The kinds of heavy operators that a session runs on a provider."""
+    return sorted({node.op_type for part in session.get_provider_graph_assignment_info()
+                   if part.ep_name == provider for node in part.get_nodes()} & HEAVY)
+
+
+def _cause(error: Exception) -> str:
+    """The line of an onnxruntime error that says why, which names the operator."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].rpartition("] : ")[2].strip()[:300] if lines else type(error).__name__
