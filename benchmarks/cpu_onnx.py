@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bipdeploy.ort.quantize import quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bipdeploy
@@ -28,8 +29,6 @@ from bipdeploy.families import architecture
 from bipdeploy.measuring import onnx_bench, torch_bench
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
-from bipdeploy.ort import folder as onnx_folder
-from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
 
 # hidden size, blocks, heads, KV heads, FFN channels, vocabulary
@@ -87,11 +86,12 @@ def measure(shape: str, ratio: float, arguments: argparse.Namespace, work: Path)
         quantize(work / "onnx-pruned", work / f"onnx-{variant}", variant)
         models[f"{variant} pruned"] = OnnxModel(work / f"onnx-{variant}", "cpu")
     ids = torch.randint(4096, (1, arguments.prompt), generator=torch.Generator().manual_seed(0))
-    runs = {name: partial(onnx_bench.generate, model, ids, arguments.new)
+    runs = {name: partial(onnx_bench.rested, onnx_bench.generate, model, ids, arguments.new)
             for name, model in models.items()}
     for which, folder in folders.items():
         model = loading.load_model(folder, torch.float32, torch.device("cpu"))
-        runs[f"torch {which}"] = partial(torch_bench.generate, model, ids, arguments.new)
+        runs[f"torch {which}"] = partial(onnx_bench.rested, torch_bench.generate, model, ids,
+                                           arguments.new)
     times = interleaved(runs, arguments.rounds, 2)
     sizes = {which: architecture(Checkpoint(folder).config).parameters()
              for which, folder in folders.items()}

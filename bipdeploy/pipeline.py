@@ -24,6 +24,7 @@ from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
 from bipdeploy.families import architecture
+from bipdeploy.ort import installed
 from bipdeploy.recipe import Recipe
 from bipdeploy.stages.job import Job
 
@@ -244,6 +245,11 @@ def preflight(recipe: Recipe, dense: Path) -> None:
             if isinstance(window, int) and window > arch.max_positions:
                 raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
                                  f"model's maximum of {arch.max_positions}; lower it or write max")
+    if recipe.export.onnx.enabled:
+        installed.require()
+        if recipe.export.onnx.dtype == "bfloat16" and recipe.model.device == "cpu":
+            raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, and "
+                             "model.device is cpu; use float32 or float16")
     vllm = recipe.bench.vllm
     if vllm.enabled and vllm.prompt_tokens + vllm.new_tokens >= arch.max_positions:
         raise InputError(f"bench.vllm: prompt_tokens {vllm.prompt_tokens} and new_tokens "

@@ -33,7 +33,8 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan"
          "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
          "data.windows", "stages.job", "stages.gate", "modeling.formats", "serving",
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
-         "exporters", "exporters.portability")
+         "exporters", "exporters.portability", "ort",
+         "ort.installed", "generation")
 
 
 def layer(module: str) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bipdeploy.stages.job import Job
 
 MEASURES = ("prefill", "decode", "ttft")
+PAUSE = 0.05  # seconds; the threads of the session that ran before still spin for a moment
 DENSE, TORCH = "onnx dense", "torch pruned"
 
 
@@ -44,12 +45,11 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
         onnx_folder.write(dense, whole, style=contents.style, dtype=contents.dtype)
         models = {DENSE: OnnxModel(whole, device.type),
                   **{prefix: OnnxModel(folder, device.type) for prefix, folder in written.items()}}
-        runs: dict[str, Callable[[], dict[str, float]]] = {
-            name: partial(generate, model, ids, section.new_tokens)
-            for name, model in models.items()}
-        torch_model = loading.load_model(job.inputs["exported"], dtype, device)
-        runs[TORCH] = partial(torch_bench.generate, torch_model, ids.to(device),
-                              section.new_tokens)
+        runs = {name: partial(rested, generate, model, ids, section.new_tokens)
+                for name, model in models.items()}
+        runs[TORCH] = partial(rested, torch_bench.generate,
+                              loading.load_model(job.inputs["exported"], dtype, device),
+                              ids.to(device), section.new_tokens)
         times = interleaved(runs, section.repeats, section.warmup, job.reporter.advance)
     figures: dict[str, float] = {}
     spread: dict[str, Any] = {}
@@ -67,6 +67,12 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
         "torch_dtype": str(dtype), "threads": torch.get_num_threads(), "batch": section.batch,
         "prompt_tokens": section.prompt_tokens, "new_tokens": section.new_tokens,
         "repeats": section.repeats, "spread": spread}
+
+
+def rested(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """A measurement after a pause, so that it has the cores to itself."""
+    time.sleep(PAUSE)
+    return measure(*arguments)
 
 
 def generate(model: OnnxModel, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
