@@ -28,7 +28,8 @@ from bipdeploy.ort.nodes import IR_VERSION, MICROSOFT, Nodes
 
 DTYPES = ("float32", "float16", "bfloat16")
 WRITTEN = ("llama", "mistral", "qwen2", "qwen3")  # families whose blocks `_Writer` knows
-HIDDEN = "hidden_states"  # the value that the head reads
+# Names of values in every graph: what the blocks read first, and what the head reads.
+EMBEDDED, HIDDEN = "embedded", "hidden_states"
 
 
 def build(source: Checkpoint, style: str, dtype: str) -> ir.Model:
@@ -44,6 +45,11 @@ def build(source: Checkpoint, style: str, dtype: str) -> ir.Model:
     config = loading.load_config(source.folder)
     _check(arch, config)
     return STYLES[style](Nodes(source, getattr(torch, dtype)), arch, config).model()
+
+
+def value(model: ir.Model, name: str) -> ir.Value:
+    """The value `name` of a graph."""
+    return next(v for node in model.graph for v in node.outputs if v.name == name)
 
 
 def _check(arch: Architecture, config: Any) -> None:
@@ -105,6 +111,7 @@ class _Writer(ABC):
         embeddings = self.n.tensor("model.embed_tokens.weight", self.arch.vocabulary,
                                    self.arch.hidden)
         self.stream = self.n.op("Gather", embeddings, self.input_ids)
+        self.stream.name = EMBEDDED
         self.prepare()
         cached = 0
         for index, widths in enumerate(self.arch.blocks):
