@@ -19,6 +19,7 @@ from bipdeploy.families import architecture
 from bipdeploy.figures import compared
 from bipdeploy.modeling import loading
 from bipdeploy.ort import folder as onnx_folder
+from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
             whole = Path(place) / "float32"
             onnx_folder.write(source, whole, style=style, dtype="float32")
         for name, copy in copies.items():
-            from bipdeploy.ort.quantize import quantize
             quantize(whole, copy, name)
     question = portability.draw_question(architecture(source.config), job.recipe.seed, PROMPTS,
                                          NEW_TOKENS, dtype, str(compute_device(job.recipe.model)))
