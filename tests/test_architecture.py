@@ -27,14 +27,15 @@ LAYERS: list[tuple[str, ...]] = [
     ("api", "screens", "cli", ""),
 ]
 
-HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib"}
+HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
+         "onnx", "onnx_ir", "onnxruntime"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
          "sources", "figures", "summary", "screens", "families", "divisibility", "allocation",
          "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
          "data.windows", "stages.job", "stages.gate", "modeling.formats", "serving",
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
          "exporters", "exporters.portability", "ort",
-         "ort.installed", "generation")
+         "ort.installed", "ort.folder", "generation")
 
 
 def layer(module: str) -> int:

@@ -17,7 +17,6 @@ from typing import Any
 from bipdeploy.artifacts import sha256, write_json
 from bipdeploy.checkpoint import COMPANIONS, Checkpoint, write_companions
 from bipdeploy.errors import InputError
-from bipdeploy.exporters.folder import add_code, is_per_block
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.modeling.formats import CODE_FILE
 
@@ -55,6 +54,7 @@ def write(source: Checkpoint, out: Path, *, style: str, dtype: str) -> None:
     """
     import onnx_ir as ir
 
+    from bipdeploy.exporters.folder import add_code, is_per_block
     from bipdeploy.ort import graph
 
     model = graph.build(source, style, dtype)

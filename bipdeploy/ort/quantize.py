@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from bipdeploy.errors import InputError, did_you_mean
+from bipdeploy.errors import InputError
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort.folder import DATA, MODEL, Contents
 from bipdeploy.ort.graph import EMBEDDED, HIDDEN, value
@@ -40,20 +42,32 @@ def quantize(source: Path, out: Path, kind: str) -> None:
     not float32, and where onnxruntime is missing.
     """
     if kind not in KINDS:
-        raise InputError(f"{kind!r} is no way to quantise{did_you_mean(kind, KINDS)}")
+        raise InputError(f"{kind!r} is no way to quantise; use {', '.join(KINDS)}")
     library()
     contents = onnx_folder.read(source)
     if contents.dtype != "float32" or contents.quantized:
         raise InputError(f"{source} holds {contents.quantized or contents.dtype} weights; quantise "
                          "a float32 export")
     out.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=out) as place:
+    with tempfile.TemporaryDirectory(dir=out) as place, _quiet():
         model = KINDS[kind](ir.load(source / MODEL), contents, source, Path(place))
         ir.save(model, out / MODEL, external_data=DATA)
     for name in onnx_folder.CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     onnx_folder.finish(out, replace(contents, quantized=kind))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantisers from logging a line for every node; importing one sets logging up so."""
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level, root.manager.disable)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level, root.manager.disable = before
 
 
 def _blockwise(model: ir.Model, contents: Contents, source: Path, _: Path, *, bits: int
@@ -113,8 +127,6 @@ def _dynamic(model: ir.Model, contents: Contents, _: Path, place: Path) -> ir.Mo
                                             name="lm_head.weight"))
         _replace(model, "logits", tape.op("MatMul", [value(model, HIDDEN), weight],
                                           name="lm_head"))
-    # There is nothing in these graphs to prepare; without this it logs the advice to do so.
-    model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"
     ir.save(model, place / MODEL, external_data=DATA)
     # Seven bits, because CPUs without VNNI add pairs of products in 16 bits, which eight overflow.
     quantize_dynamic(place / MODEL, place / "quantized.onnx", ["MatMul"], per_channel=True,

@@ -19,7 +19,7 @@ from bipdeploy.errors import InputError
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort.binding import Binding
 from bipdeploy.ort.sampling import Sampling
-from bipdeploy.ort.session import device_for, open_session
+from bipdeploy.ort.session import check_version, device_for, open_session
 
 
 @dataclass
@@ -48,6 +48,7 @@ class OnnxModel:
     def __init__(self, folder: Path | str, device: str = "auto", threads: int | None = None):
         self.folder, self.threads = Path(folder), threads
         self.contents = onnx_folder.read(folder)
+        check_version(self.contents)
         self.device = device_for(device, self.contents)
         self.dtype: torch.dtype = getattr(torch, self.contents.dtype)
         self.max_positions = self.contents.max_positions

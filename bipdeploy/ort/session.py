@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bipdeploy.errors import InputError, did_you_mean
+from bipdeploy.errors import InputError
 from bipdeploy.ort.folder import Contents
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -15,6 +15,10 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 # Operators on hidden states: on a GPU they all run there. What counts tokens may stay on the CPU.
 HEAVY = {"Attention", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "RMSNormalization",
          "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"}
+# What graphs need that older versions lack: the operator, and the first version that runs it.
+NEEDS = {"std": ("Attention of opset 24", (1, 24)),
+         "int4": ("GatherBlockQuantized of 8 bits", (1, 23)),
+         "int8": ("GatherBlockQuantized of 8 bits", (1, 23))}
 
 
 def library() -> Any:
@@ -28,13 +32,24 @@ def library() -> Any:
     return onnxruntime
 
 
+def check_version(contents: Contents) -> None:
+    """Raise InputError where the installed onnxruntime is too old for a folder."""
+    version = library().__version__
+    numbers = tuple(int(n) for n in version.split(".")[:2])
+    for wanted in (contents.style, contents.quantized):
+        operator, first = NEEDS.get(wanted or "", ("", (0, 0)))
+        if numbers < first:
+            raise InputError(f"onnxruntime {version} does not have {operator}, which {wanted} "
+                             f"needs; install {'.'.join(map(str, first))} or later")
+
+
 def device_for(wanted: str, contents: Contents) -> torch.device:
     """The device for a folder; "auto": CUDA where it is there and can run the folder.
 
     Raises InputError where the one that is asked for is not there, or cannot run it.
     """
     if wanted not in DEVICES:
-        raise InputError(f"device {wanted!r} is not known{did_you_mean(wanted, DEVICES)}")
+        raise InputError(f"device {wanted!r} is not known; use {', '.join(DEVICES)}")
     missing = _no_cuda() or _not_on_cuda(contents)
     if wanted == "cuda" and missing:
         raise InputError(f"device cuda was asked for, and {missing}")
