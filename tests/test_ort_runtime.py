@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bipdeploy.errors import InputError
-from bipdeploy.evaluation.perplexity import perplexity
+from bipdeploy.evaluation.perplexity import forward_of, perplexity
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort import session
 from bipdeploy.ort.folder import DATA, LAST, MODEL, RECORD
@@ -95,12 +95,11 @@ def test_steps_give_the_logits_of_the_whole(source, folder):
         model.step(ids[:, 0], cache)
 
 
-def test_window_losses_are_the_models_perplexity(source, folder):
+def test_its_perplexity_is_the_models(source, folder):
     ids = token_windows(1, 96)[0]
-    expected = perplexity(loaded(source), ids, window=24, batch=2)
-    losses = OnnxModel(folder, "cpu").window_losses(ids.view(4, 24))
-    assert losses.shape == (4,)
-    assert float(losses.sum()) == pytest.approx(expected.nats * expected.tokens, rel=1e-5)
+    expected = perplexity(forward_of(loaded(source)), ids, window=24, batch=2)
+    found = perplexity(OnnxModel(folder, "cpu").logits, ids, window=24, batch=3)
+    assert found.nats == pytest.approx(expected.nats, rel=1e-5)
 
 
 def test_sampling_follows_its_seed_and_its_limits(folder):

@@ -60,11 +60,10 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
 def style_and_dtype(job: Job) -> tuple[str, str]:
     """The recipe's style and type of the graph, with `auto` decided."""
     section, device = job.recipe.export.onnx, compute_device(job.recipe.model)
-    dtype = section.dtype
+    dtype, style = str(section.dtype), str(section.style)
     if dtype == "auto":
         config = Checkpoint(job.inputs["pruned"]).config
         dtype = str(compute_dtype(job.recipe.model, config, device)).removeprefix("torch.")
-    style = section.style
     if style == "auto":
         style = "std" if device.type == "cuda" and dtype == "float32" else "gqa"
     return style, dtype

@@ -81,15 +81,6 @@ class OnnxModel:
         placed[torch.arange(rows, device=self.device)[:, None], order[:, :tokens]] = out.float()
         return placed
 
-    def window_losses(self, windows: torch.Tensor) -> torch.Tensor:
-        """Summed negative log-likelihood [B], in nats, of windows [B, T]: the first token of each
-        is context only."""
-        windows = windows.to(self.device)
-        logits = self.logits(windows)[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(),
-                                                   reduction="none")
-        return losses.view(len(windows), -1).sum(1)
-
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor | None = None, room: int = 1
                 ) -> tuple[torch.Tensor, Cache]:
         """Read prompts [B, T]: logits [B, V] in float32 for the token after each, and the cache.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bipdeploy.exporters import EXPORTERS
 from bipdeploy.stages.job import Job
 
@@ -10,7 +12,8 @@ def run(job: Job) -> None:
     """Write one folder per enabled target, `export.json` with what was verified, and figures."""
     enabled = [name for name in EXPORTERS if getattr(job.recipe.export, name).enabled]
     job.reporter.total(len(enabled), "targets")
-    record, figures = {}, {}
+    record: dict[str, Any] = {}
+    figures: dict[str, float] = {}
     for name in EXPORTERS:
         if name in enabled:
             found, record[name] = EXPORTERS[name].load()(job, job.out / name)
