@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: setup vllm quickstart test test-fast lint schema clean
@@ -39,10 +41,10 @@ quickstart: setup
 	$(BIN)/bipdeploy run recipes/quickstart.yaml
 
 test: setup vllm
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-fast: setup
-	$(BIN)/pytest -m 'not vllm'
+	$(PYTEST) -m 'not vllm'
 
 lint: setup
 	$(BIN)/ruff check .

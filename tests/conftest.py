@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; more threads only wait
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # tests run side by side
 
 from pathlib import Path
 
