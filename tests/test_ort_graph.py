@@ -231,3 +231,13 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, source / "model.safetensors")
     refused(source, [name, "[95, 64]", "[96, 64]"], style="std")
+
+
+def test_a_damaged_weight_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_model(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.2.self_attn.k_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors")
+    refused(source, ["model.layers.2.self_attn.k_proj.weight", "NaN"])
