@@ -1,0 +1,199 @@
+"""Searched allocation: widths that change the model's output least for a budget of parameters.
+
+Two steps. `measure` prunes one part of one block at a time (its heads, or its FFN), to a few
+widths, lets the result run through the rest of the dense model, and takes the mean Kullback-Leibler
+divergence of the next-token distributions from the dense ones. `solve` then picks a width for every
+part, so that the divergences add up to as little as possible within the budget: a knapsack with one
+choice per part, by dynamic programming. That they add up is an assumption; how far it holds is
+reported by those who use it, from the divergence of the whole.
+
+Shapes: B windows in a batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bipdeploy.allocation import BlockScores, keep
+from bipdeploy.blocks import BlockWalker
+from bipdeploy.families import Architecture, BlockWidths
+from bipdeploy.refit import RidgeProblem
+
+GRID = 1 << 13  # steps into which the budget is divided
+
+
+@dataclass
+class Curve:
+    """Divergence of one part of a block by its width: KV heads of "heads", channels of "ffn"."""
+
+    block: int
+    part: str
+    widths: list[int]
+    divergences: list[float] = field(default_factory=list)
+
+    def at(self, width: int) -> float:
+        """The divergence at any width between those measured: linear, and never less at a lower
+        width than at a higher one."""
+        points = sorted(zip(self.widths, self.divergences, strict=True), reverse=True)
+        highest, best = 0.0, []
+        for measured, divergence in points:
+            highest = max(highest, divergence)
+            best.append((measured, highest))
+        for (high, above), (low, below) in zip(best, best[1:], strict=False):
+            if low <= width <= high:
+                return above + (below - above) * (high - width) / (high - low)
+        return best[-1][1] if width < best[-1][0] else best[0][1]
+
+
+@torch.no_grad()
+def measure(walker: BlockWalker, windows: list[torch.Tensor], scores: Sequence[BlockScores],
+            widths: Callable[[int, str], Sequence[int]], *, refit: float | None,
+            advance: Callable[[], None] = lambda: None) -> list[Curve]:
+    """The curves of every part that may be pruned; `widths(block, part)` says at which widths.
+
+    One walk: each variant joins at its block and is carried through all later ones, so that
+    every block is loaded once. `refit`: the ridge with which the part's output projection is
+    refitted to the dense one's output, None for none.
+    """
+    tokens = windows[0].shape[1]
+    curves: list[Curve] = []
+    dense = walker.embed(windows)
+    carried: list[tuple[Curve, list[torch.Tensor]]] = []
+    for index, block in enumerate(walker.blocks(tokens)):
+        carried = [(curve, [block(x) for x in hidden]) for curve, hidden in carried]
+        attended = [block.attention(x) if block.has_attention else None for x in dense]
+        u_dense = [a.u if a is not None else x for a, x in zip(attended, dense, strict=True)]
+        if block.has_attention:
+            curve = Curve(index, "heads", list(widths(index, "heads")))
+            curves.append(curve)
+            z = [a.z for a in attended if a is not None]
+            groups = walker.architecture.blocks[index].kv_heads
+            for width in curve.widths:
+                columns = _columns(scores[index], width, "heads", z[0].shape[-1] // groups)
+                outputs = _reduced(block.output, z, columns, refit)
+                u = [x + out for x, out in zip(dense, outputs, strict=True)]
+                carried.append((curve, [x + block.ffn(x) if block.has_ffn else x for x in u]))
+        if block.has_ffn:
+            curve = Curve(index, "ffn", list(widths(index, "ffn")))
+            curves.append(curve)
+            h = [gate * up for gate, up in (block.ffn_parts(u) for u in u_dense)]
+            for width in curve.widths:
+                outputs = _reduced(block.down, h, _columns(scores[index], width, "ffn", 1), refit)
+                carried.append((curve, [u + out for u, out in zip(u_dense, outputs, strict=True)]))
+        dense = [block(x) for x in dense]
+        advance()
+    head = Head(walker)
+    expected = [head(x) for x in dense]
+    for curve, hidden in carried:  # in the order of each curve's widths
+        curve.divergences.append(divergence([head(x) for x in hidden], expected))
+    return curves
+
+
+def _columns(scores: BlockScores, width: int, part: str, size: int) -> torch.Tensor:
+    """Columns of the output projection that stay when the best `width` groups do."""
+    kept = keep(scores, BlockWidths(0, width, 0) if part == "heads" else BlockWidths(0, 0, width))
+    groups = torch.tensor(kept.groups if part == "heads" else kept.channels, dtype=torch.long)
+    return (groups[:, None] * size + torch.arange(size)).flatten()
+
+
+def _reduced(projection: torch.nn.Linear, inputs: list[torch.Tensor], columns: torch.Tensor,
+             refit: float | None) -> list[torch.Tensor]:
+    """What a projection gives from some of its inputs, refitted to what it gave from all."""
+    if not len(columns):
+        return [torch.zeros_like(projection(z)) for z in inputs]
+    columns = columns.to(projection.weight.device)
+    weight = projection.weight[:, columns]
+    if refit is not None:
+        problem = RidgeProblem(weight)
+        for z in inputs:
+            problem.see(z[..., columns], z @ projection.weight.T)
+        weight = problem.solve(refit).to(weight.dtype)
+    return [torch.nn.functional.linear(z[..., columns], weight, projection.bias) for z in inputs]
+
+
+class Head:
+    """Final norm and head of a model: hidden states [B, T, D] to log-probabilities [B, T, V]."""
+
+    def __init__(self, walker: BlockWalker):
+        checkpoint, self._eps = walker.checkpoint, walker.config.rms_norm_eps
+        head = "lm_head.weight" if "lm_head.weight" in checkpoint.files else (
+            "model.embed_tokens.weight")
+        tensors = checkpoint.tensors(["model.norm.weight", head])
+        self._norm, self._head = (tensors[name].to(walker.device, walker.dtype)
+                                  for name in ("model.norm.weight", head))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self._norm, self._eps)
+        return (normed @ self._head.T).float().log_softmax(-1)
+
+
+def divergence(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Mean Kullback-Leibler divergence of log-probabilities from the expected ones, nats."""
+    total = sum(float((e.exp() * (e - f)).sum(dtype=torch.float64))
+                for f, e in zip(found, expected, strict=True))
+    return total / sum(e.shape[0] * e.shape[1] for e in expected)
+
+
+def solve(arch: Architecture, curves: Sequence[Curve],
+          choices: Callable[[int, str], Sequence[int]], budget: float) -> list[BlockWidths]:
+    """Widths of every block: the least sum of divergences that keeps at most `budget` parameters.
+
+    `choices(block, part)` are the widths that a part may take; parts without a curve stay dense.
+    Parameters are counted on a grid of the budget's 8192nd parts, which they are rounded to.
+    """
+    fixed = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+    tables = []
+    for curve in curves:
+        widths = list(choices(curve.block, curve.part))
+        sizes = [_parameters(arch, curve, width) for width in widths]
+        fixed -= _parameters(arch, curve, _dense(arch, curve))
+        tables.append((widths, sizes, [curve.at(width) for width in widths]))
+    room = budget - fixed
+    unit = room / GRID
+    best = torch.zeros(GRID + 1, dtype=torch.float64)  # least cost by grid steps at most used
+    taken = []
+    for widths, sizes, costs in tables:
+        totals = torch.full((len(widths), GRID + 1), torch.inf, dtype=torch.float64)
+        for row, (size, cost) in enumerate(zip(sizes, costs, strict=True)):
+            steps = round(size / unit)
+            if steps <= GRID:
+                totals[row, steps:] = best[:GRID + 1 - steps] + cost
+        best, picked = totals.min(0)
+        taken.append(picked)
+    if not torch.isfinite(best[GRID]):
+        raise ValueError("the budget is below what the smallest widths need")
+    place, chosen = GRID, dict(enumerate(arch.blocks))
+    for curve, (widths, sizes, _), picked in reversed(list(zip(curves, tables, taken,
+                                                               strict=True))):
+        row = int(picked[place])
+        place -= round(sizes[row] / unit)
+        old = chosen[curve.block]
+        if curve.part == "heads":
+            chosen[curve.block] = BlockWidths(widths[row] * arch.blocks[curve.block].group,
+                                              widths[row], old.intermediate)
+        else:
+            chosen[curve.block] = BlockWidths(old.heads, old.kv_heads, widths[row])
+    return [chosen[i] for i in range(len(arch.blocks))]
+
+
+def _dense(arch: Architecture, curve: Curve) -> int:
+    block = arch.blocks[curve.block]
+    return block.kv_heads if curve.part == "heads" else block.intermediate
+
+
+def _parameters(arch: Architecture, curve: Curve, width: int) -> int:
+    """Parameters of one part of a block at a width; 0 where it is removed."""
+    group = arch.blocks[curve.block].group
+    return arch.block_parameters(curve.block, BlockWidths(width * group, width, 0)
+                                 if curve.part == "heads" else BlockWidths(0, 0, width))
+
+
+def spaced(choices: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the ascending choices, evenly spread, first and last among them."""
+    if len(choices) <= count:
+        return list(choices)
+    last = len(choices) - 1
+    return [choices[round(i * last / (count - 1))] for i in range(count)]
