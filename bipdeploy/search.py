@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -42,7 +43,7 @@ class Curve:
         for measured, divergence in points:
             highest = max(highest, divergence)
             best.append((measured, highest))
-        for (high, above), (low, below) in zip(best, best[1:], strict=False):
+        for (high, above), (low, below) in pairwise(best):
             if low <= width <= high:
                 return above + (below - above) * (high - width) / (high - low)
         return best[-1][1] if width < best[-1][0] else best[0][1]
