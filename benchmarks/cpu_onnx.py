@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bipdeploy.ort.quantize import quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import bipdeploy
@@ -29,6 +28,7 @@ from bipdeploy.families import architecture
 from bipdeploy.measuring import onnx_bench, torch_bench
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
+from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
 
 # hidden size, blocks, heads, KV heads, FFN channels, vocabulary

@@ -171,6 +171,25 @@ def possible_widths(arch: Architecture, section: PruneSection, *,
     return found
 
 
+def part_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: int = 1
+                ) -> Callable[[int, str], list[int]]:
+    """The widths that a part ("heads", in KV heads, or "ffn", in channels) of a block may have,
+    ascending; just the dense one where it is not pruned. Raises InputError as `uniform_widths`."""
+    choices = _choices(arch, section, tensor_parallel)
+    _budget(arch, section, choices)
+
+    def widths(block: int, part: str) -> list[int]:
+        dense = arch.blocks[block]
+        if part == "heads":
+            allowed = choices.groups.get(block, [])[1:] if section.heads else []
+            return allowed or [dense.kv_heads]
+        allowed = (list(range(choices.unit, dense.intermediate, choices.unit))
+                   if section.ffn and block in choices.groups else [])
+        return [*allowed, dense.intermediate]
+
+    return widths
+
+
 def keep(scores: BlockScores, widths: BlockWidths) -> Kept:
     """The best groups and channels of a block at the given widths; ties go to the lower index."""
     return Kept(_best(scores.heads, widths.kv_heads), _best(scores.ffn, widths.intermediate))

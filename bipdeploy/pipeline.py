@@ -35,13 +35,14 @@ class Stage:
 
     `sections` are the recipe's fields that change the result; `inputs` the artefacts that are
     read (see `_ARTEFACTS`); `timed` results hold for this machine only; `libraries` are those
-    that matter to this stage alone.
+    that matter to this stage alone; `searched` are more sections where widths are searched.
     """
 
     sections: tuple[str, ...]
     inputs: tuple[str, ...]
     timed: bool = False
     libraries: tuple[str, ...] = ()
+    searched: tuple[str, ...] = ()
 
     @staticmethod
     def function(name: str) -> Callable[[Job], None]:
@@ -53,7 +54,8 @@ _ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
 
 STAGES: dict[str, Stage] = {
     "score": Stage(("model", "calibration", "score", "seed"), ("dense",)),
-    "prune": Stage(("prune", "hardware"), ("dense", "score")),
+    "prune": Stage(("prune", "hardware"), ("dense", "score"),
+                   searched=("model", "calibration", "recover", "seed")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
                     ("pruned", "prune"), libraries=_VLLM + _ONNX),
@@ -196,13 +198,14 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     upstream = {part.split("/")[0] for artefact in stage.inputs
                 for part in _ARTEFACTS.get(artefact, (artefact,))}
     environment = artifacts.environment()
+    sections = stage.sections + stage.searched * (recipe.prune.layers == "searched")
     parts: dict[str, Any] = {
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _plain(getattr(recipe, s)) for s in stage.sections},
+        "sections": {s: _plain(getattr(recipe, s)) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
-    if "calibration" in stage.sections:
+    if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
     if "evaluate" in stage.sections:
         parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))

@@ -62,7 +62,7 @@ def make(recipe: Recipe, runs: Path) -> Plan:
     uniform = tuple(uniform_widths(arch, recipe.prune, tensor_parallel=parallel))
     known: Known = "exact"
     pruned = possible = uniform
-    if recipe.prune.layers == "global":
+    if recipe.prune.layers != "uniform":
         made = _made(recipe, dense, runs / recipe.name / "prune")
         known = "run" if made else "budget"
         pruned = made or uniform

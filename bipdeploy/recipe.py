@@ -88,15 +88,26 @@ class ProtectSection(Section):
     last: int = Field(0, ge=0, description="How many of the last blocks stay dense.")
 
 
+class SearchSection(Section):
+    """How `layers: searched` measures what each width of each part costs."""
+
+    windows: PositiveInt = Field(32, description="Calibration windows, the first of those drawn. "
+                                 "All variants of all blocks are in memory at once.")
+    points: int = Field(9, ge=2, description="Widths of each part that are measured; the others "
+                        "lie on lines between them.")
+
+
 class PruneSection(Section):
     """How much is removed, and where."""
 
     ratio: Share = Field(description="Share of the parameters of all blocks that is removed "
                          "(protected blocks count in the total, embeddings do not).")
-    layers: Literal["uniform", "global"] = Field(
+    layers: Literal["uniform", "global", "searched"] = Field(
         "uniform", description="`uniform`: every unprotected block gets the same widths, and "
         "without protected blocks the result is a stock checkpoint. `global`: groups of all "
-        "blocks compete, and widths differ by block.")
+        "blocks compete, and widths differ by block. `searched`: widths by block, split between "
+        "heads and FFN so that the model's output changes least.")
+    search: SearchSection = Field(default_factory=SearchSection)
     protect: ProtectSection = Field(default_factory=ProtectSection)
     round_to: PositiveInt = Field(
         128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "

@@ -180,6 +180,12 @@ def solve(arch: Architecture, curves: Sequence[Curve],
     return [chosen[i] for i in range(len(arch.blocks))]
 
 
+def predicted(curves: Sequence[Curve], widths: Sequence[BlockWidths]) -> float:
+    """The sum of divergences that the curves give for widths."""
+    return sum(c.at(widths[c.block].kv_heads if c.part == "heads" else
+                    widths[c.block].intermediate) for c in curves)
+
+
 def _dense(arch: Architecture, curve: Curve) -> int:
     block = arch.blocks[curve.block]
     return block.kv_heads if curve.part == "heads" else block.intermediate

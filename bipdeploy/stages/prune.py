@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from bipdeploy import artifacts
-from bipdeploy.allocation import allocate
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bipdeploy import artifacts, search
+from bipdeploy.allocation import BlockScores, allocate, keep, part_widths, uniform_widths
+from bipdeploy.blocks import BlockWalker
+from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter, require_finite
 from bipdeploy.errors import InputError
-from bipdeploy.families import architecture, size_figures
+from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
 from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.job import Job
@@ -26,8 +34,14 @@ def run(job: Job) -> None:
         raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
-    widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"],
-                            tensor_parallel=job.recipe.hardware.tensor_parallel)
+    parallel = job.recipe.hardware.tensor_parallel
+    details: dict[str, Any] = {}
+    if job.recipe.prune.layers == "searched":
+        widths, details = searched(job, arch, scores)
+        kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
+    else:
+        widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"],
+                                tensor_parallel=parallel)
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
@@ -39,9 +53,34 @@ def run(job: Job) -> None:
                        f"model.layers.{index}.")
             job.reporter.advance()
     job.write(KEPT, {
-        "ratio": job.recipe.prune.ratio, "layers": job.recipe.prune.layers,
+        "ratio": job.recipe.prune.ratio, "layers": job.recipe.prune.layers, **details,
         "model_type": config["model_type"],
         "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})
     job.write_figures(size_figures(arch, widths))
+
+
+def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
+             ) -> tuple[list[BlockWidths], dict[str, Any]]:
+    """The widths that `search` finds for the budget, and what it measured."""
+    recipe, section = job.recipe, job.recipe.prune
+    parallel = recipe.hardware.tensor_parallel
+    choices = part_widths(arch, section, tensor_parallel=parallel)
+    walker = BlockWalker(job.inputs["dense"], recipe.model)
+    drawn, _ = calibration_batches(recipe, job.inputs["dense"], arch.max_positions)
+    windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
+    job.reporter.total(len(arch.blocks), "blocks searched")
+    curves = search.measure(
+        walker, windows, scores,
+        lambda block, part: search.spaced(choices(block, part), section.search.points),
+        refit=recipe.recover.refit.ridge if recipe.recover.method == "refit" else None,
+        advance=job.reporter.advance)
+    total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+    widths = search.solve(arch, curves, choices, total * (1 - section.ratio))
+    uniform = uniform_widths(arch, section, tensor_parallel=parallel)
+    return widths, {"search": {
+        "windows": sum(map(len, windows)), "curves": [asdict(curve) for curve in curves],
+        # Sums of what single parts cost: what they cost together is for `evaluate` to say.
+        "divergence": search.predicted(curves, widths),
+        "divergence_uniform": search.predicted(curves, uniform)}}
