@@ -163,6 +163,20 @@ def test_onnxruntime_genai_runs_the_folder(style, tmp_path):
     assert torch.equal(said, continued(loaded(source), ids)[0])
 
 
+def test_stop_tokens_are_those_of_the_generation_settings(tmp_path):
+    source = sliced(tmp_path, "uniform")
+    stated = {"eos_token_id": [5, 7], "bos_token_id": None, "do_sample": True, "top_k": 20}
+    (source / "generation_config.json").write_text(json.dumps(stated))
+    config = json.loads((exported(source, tmp_path / "onnx") / onnx_folder.GENAI).read_text())
+    assert config["model"]["eos_token_id"] == [5, 7]
+    assert config["model"]["bos_token_id"] == 0
+    assert config["search"] == {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 1.0,
+                                "max_length": 256, "past_present_share_buffer": True}
+    (source / "generation_config.json").write_text("{")
+    refused(source, ["generation_config.json", "cannot be read"])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PyTorch's own, of its own
 def test_the_exporter_of_pytorch_agrees(tmp_path):
     source = sliced(tmp_path, "uniform", family="qwen3")
 

@@ -209,7 +209,10 @@ def test_a_missing_or_old_onnxruntime_is_named(source, folder, monkeypatch, tmp_
     standard = exported(source, tmp_path / "std", "std")
     refusal(lambda: OnnxModel(standard, "cpu"), "1.22.1", "Attention", "1.24")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    refusal(lambda: OnnxModel(folder, "cpu"), "bipdeploy[onnx]", "bipdeploy[onnx-gpu]")
+    refusal(lambda: OnnxModel(folder, "cpu"), "onnxruntime is not installed", "bipdeploy[onnx]",
+            "bipdeploy[onnx-gpu]")
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    refusal(lambda: exported(source, tmp_path / "none"), "onnx_ir is not", "bipdeploy[onnx]")
 
 
 def test_an_operator_that_onnxruntime_lacks_is_named(copy):

@@ -7,6 +7,7 @@ share `model.onnx.data`. `genai_config.json` makes the folder one of onnxruntime
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -46,12 +47,21 @@ class Contents:
         return [w.kv_heads for w in self.blocks if w.heads]
 
 
+def require(*packages: str) -> None:
+    """Raise InputError where a package that ONNX needs is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is not installed; `pip install 'bipdeploy[onnx]'` for the "
+                             "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)")
+
+
 def write(source: Checkpoint, out: Path, *, style: str, dtype: str) -> None:
     """Write a checkpoint as a new ONNX folder.
 
     `style`: "gqa" or "std", see graph.py; `dtype`: "float32", "float16" or "bfloat16". Raises
-    InputError for a model that cannot be written so.
+    InputError for a model that cannot be written so, and where a package is missing.
     """
+    require("onnx", "onnx_ir")
     import onnx_ir as ir
 
     from bipdeploy.exporters.folder import add_code, is_per_block
@@ -117,12 +127,13 @@ def genai_config(source: Checkpoint, arch: Architecture, style: str, dtype: str)
     """`genai_config.json` for a folder. Its layers are the blocks that have a cache; how many KV
     heads each has onnxruntime-genai sees in the graph. 16-bit folders ask for CUDA."""
     path = source.folder / "generation_config.json"
-    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    tokens = {name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-              if (value := stated.get(name, source.config.get(name))) is not None}
-    ends = tokens.get("eos_token_id", 0)
-    tokens.setdefault("eos_token_id", ends)
-    tokens.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    settings = {**source.config, **{k: v for k, v in stated.items() if v is not None}}
+    tokens = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+              if settings.get(name) is not None}
     cached = [w for w in arch.blocks if w.heads]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai",

@@ -47,7 +47,7 @@ def build(source: Checkpoint, style: str, dtype: str) -> ir.Model:
     return STYLES[style](Nodes(source, getattr(torch, dtype)), arch, config).model()
 
 
-def value(model: ir.Model, name: str) -> ir.Value:
+def named_value(model: ir.Model, name: str) -> ir.Value:
     """The value `name` of a graph."""
     return next(v for node in model.graph for v in node.outputs if v.name == name)
 
@@ -81,15 +81,13 @@ class _Writer(ABC):
 
     def __init__(self, nodes: Nodes, arch: Architecture, config: Any):
         self.n, self.arch, self.config = nodes, arch, config
-        self.inputs, self.outputs = [], []
+        self.inputs: list[ir.Value] = []
+        self.present: list[ir.Value] = []
         self.input_ids = self._input("input_ids", ir.DataType.INT64, "batch", "sequence")
         self.mask = self._input("attention_mask", ir.DataType.INT64, "batch", "total")
         # The residual stream, and what the last part adds to it, which is not added yet.
         self.stream: ir.Value
         self.pending: ir.Value | None = None
-
-    inputs: list[ir.Value]
-    outputs: list[ir.Value]
 
     @abstractmethod
     def prepare(self) -> None:
@@ -122,10 +120,9 @@ class _Writer(ABC):
                 self._ffn(index)
         hidden = self.norm("model.norm.weight")
         hidden.name = HIDDEN
-        logits = self._head(hidden, embeddings)
-        self._output(logits, "logits", "batch", "sequence", self.arch.vocabulary)
-        self.outputs.insert(0, self.outputs.pop())
-        graph = ir.Graph(self.inputs, self.outputs, nodes=self.n.tape.nodes,
+        logits = self._output(self._head(hidden, embeddings), "logits", "batch", "sequence",
+                              self.arch.vocabulary)
+        graph = ir.Graph(self.inputs, [logits, *self.present], nodes=self.n.tape.nodes,
                          initializers=self.n.tape.initializers, name=self.arch.family.model_type,
                          opset_imports={"": self.opset, MICROSOFT: 1})
         cached_blocks = [i for i, w in enumerate(self.arch.blocks) if w.heads]
@@ -146,9 +143,10 @@ class _Writer(ABC):
         shape = ("batch", widths.kv_heads, "past", size)
         past = [self._input(f"past_key_values.{cached}.{part}", self.n.dtype, *shape)
                 for part in ("key", "value")]
-        out, *present = self.attend(index, qkv, past)
-        for part, value in zip(("key", "value"), present, strict=True):
-            self._output(value, f"present.{cached}.{part}", "batch", widths.kv_heads, "total", size)
+        out, *new = self.attend(index, qkv, past)
+        self.present += [self._output(made, f"present.{cached}.{part}", "batch", widths.kv_heads,
+                                      "total", size)
+                         for part, made in zip(("key", "value"), new, strict=True)]
         self.pending = self.n.linear(out, stem + "self_attn.", ["o_proj"], [self.arch.hidden],
                                      rows[0], self.arch.output_bias)
 
@@ -196,9 +194,9 @@ class _Writer(ABC):
         self.inputs.append(value)
         return value
 
-    def _output(self, value: ir.Value, name: str, *shape: str | int) -> None:
+    def _output(self, value: ir.Value, name: str, *shape: str | int) -> ir.Value:
         value.name, value.shape, value.dtype = name, ir.Shape(shape), self.n.dtype
-        self.outputs.append(value)
+        return value
 
 
 class _Gqa(_Writer):

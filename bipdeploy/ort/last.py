@@ -10,14 +10,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bipdeploy.ort.graph import HIDDEN, value
+from bipdeploy.ort.graph import HIDDEN, named_value
 
 
 def write(full: Path, out: Path) -> None:
     """Write the graph file `out` beside `full`, whose external data it shares."""
     model = ir.load(full)
     graph = model.graph
-    hidden = value(model, HIDDEN)
+    hidden = named_value(model, HIDDEN)
     tape = ir.tape.Tape(graph)
 
     def ints(name: str, values: list[int] | int) -> ir.Value:

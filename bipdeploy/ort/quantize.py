@@ -26,10 +26,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from bipdeploy.errors import InputError
 from bipdeploy.ort import folder as onnx_folder
-from bipdeploy.ort.folder import DATA, MODEL, Contents
-from bipdeploy.ort.graph import EMBEDDED, HIDDEN, value
+from bipdeploy.ort.folder import DATA, MODEL, Contents, require
+from bipdeploy.ort.graph import EMBEDDED, HIDDEN, named_value
 from bipdeploy.ort.nodes import MICROSOFT
-from bipdeploy.ort.session import library
 
 BLOCK = 32
 INT8_PRODUCTS = 4  # MatMulNBits' accuracy_level
@@ -38,12 +37,12 @@ INT8_PRODUCTS = 4  # MatMulNBits' accuracy_level
 def quantize(source: Path, out: Path, kind: str) -> None:
     """Write the new folder `out`: that of `source` with weights of `kind`, see `KINDS`.
 
-    All weights are in memory meanwhile. Raises InputError for another kind, for a folder that is
-    not float32, and where onnxruntime is missing.
+    All weights are in memory meanwhile, for int8_dynamic three times. Raises InputError for another
+    kind, for a folder that is not float32, and where onnxruntime is missing.
     """
     if kind not in KINDS:
         raise InputError(f"{kind!r} is no way to quantise; use {', '.join(KINDS)}")
-    library()
+    require("onnxruntime")
     contents = onnx_folder.read(source)
     if contents.dtype != "float32" or contents.quantized:
         raise InputError(f"{source} holds {contents.quantized or contents.dtype} weights; quantise "
@@ -113,7 +112,7 @@ def _quantize_embeddings(model: ir.Model, contents: Contents, config: Any) -> No
     _replace(model, EMBEDDED, tape.op("Reshape", [looked_up, whole]))
     if contents.tied:
         _replace(model, "logits", tape.op(
-            "MatMulNBits", [value(model, HIDDEN), packed, scales, zeros],
+            "MatMulNBits", [named_value(model, HIDDEN), packed, scales, zeros],
             {"K": width, "N": rows, "bits": 8, "block_size": BLOCK,
              "accuracy_level": INT8_PRODUCTS}, domain=MICROSOFT))
 
@@ -125,7 +124,7 @@ def _dynamic(model: ir.Model, contents: Contents, _: Path, place: Path) -> ir.Mo
         tape = ir.tape.Tape(model.graph)
         weight = tape.initializer(ir.tensor(np.ascontiguousarray(_embeddings(model).T),
                                             name="lm_head.weight"))
-        _replace(model, "logits", tape.op("MatMul", [value(model, HIDDEN), weight],
+        _replace(model, "logits", tape.op("MatMul", [named_value(model, HIDDEN), weight],
                                           name="lm_head"))
     ir.save(model, place / MODEL, external_data=DATA)
     # Seven bits, because CPUs without VNNI add pairs of products in 16 bits, which eight overflow.
@@ -137,7 +136,7 @@ def _dynamic(model: ir.Model, contents: Contents, _: Path, place: Path) -> ir.Mo
 
 
 def _producer(model: ir.Model, name: str) -> ir.Node:
-    node = value(model, name).producer()
+    node = named_value(model, name).producer()
     assert node is not None
     return node
 
@@ -151,7 +150,7 @@ def _embeddings(model: ir.Model) -> np.ndarray:
 
 def _replace(model: ir.Model, name: str, new: ir.Value) -> None:
     """Put `new` in the place of the value `name`, and remove what only that one needed."""
-    old = value(model, name)
+    old = named_value(model, name)
     old.name, new.name = f"{name}.old", name
     new.shape, new.dtype = old.shape, ir.DataType.FLOAT
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -110,7 +110,7 @@ class OnnxModel:
             cache.mask = self._real(cache.lengths, past + 1)
         else:
             cache.mask = torch.nn.functional.pad(cache.mask, (0, 1), value=1)
-        return self._advance(tokens.to(self.device)[:, None].contiguous(), cache, past)
+        return self._advance(tokens.to(self.device, torch.int64)[:, None].contiguous(), cache, past)
 
     def generate(self, ids: torch.Tensor, new_tokens: int, *, mask: torch.Tensor | None = None,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

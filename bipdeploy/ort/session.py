@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bipdeploy.errors import InputError
-from bipdeploy.ort.folder import Contents
+from bipdeploy.ort.folder import Contents, require
 
 DEVICES = ("auto", "cpu", "cuda")
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -23,12 +23,9 @@ NEEDS = {"std": ("Attention of opset 24", (1, 24)),
 
 def library() -> Any:
     """The module onnxruntime. Raises InputError where it is not installed."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise InputError("onnxruntime is not installed; `pip install 'bipdeploy[onnx]'` for the "
-                         "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)"
-                         ) from error
+    require("onnxruntime")
+    import onnxruntime
+
     return onnxruntime
 
 
