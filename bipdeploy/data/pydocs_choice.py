@@ -1,8 +1,8 @@
 """`builtin:pydocs_choice`: which of four docstrings belongs to this signature?
 
-Made from the `test` split of `builtin:pydocs` alone, of which the calibration text holds nothing.
-The three wrong answers are the docstrings of other modules that are nearest in length, so length
-says nothing. No random numbers: the questions are the same in every process; between Python
+Made from the `test` split of `builtin:pydocs` alone, without the answers that another split holds
+too. The three wrong answers are the docstrings of other modules that are nearest in length, so
+length says nothing. No random numbers: the questions are the same in every process; between Python
 versions they differ, as the reference text does.
 
 `pydocs_choice.yaml` beside this file makes it a task of lm-eval's.
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bipdeploy.data import pydocs
 
+SPLIT = "test"
 QUESTIONS = 500
 CHOICES = 4
 
@@ -46,23 +48,30 @@ def splits(**_: Any) -> dict[str, Any]:
     """The questions as lm-eval takes them: the one split `test`, as a data set."""
     from datasets import Dataset
 
-    return {"test": Dataset.from_list(questions())}
+    return {SPLIT: Dataset.from_list(questions())}
 
 
 def _entries() -> list[_Entry]:
     """Every signature with its docstring's first sentence, each once, in an order by hash."""
+    # Too short for `pydocs` to tell copies by: threading and asyncio say some things alike.
+    seen = {entry.sentence.lower() for split in pydocs.SPLITS if split != SPLIT
+            for entry in _described(split)}
     found: list[_Entry] = []
-    seen: set[str] = set()
-    for number, document in enumerate(pydocs.documents("test")):
+    for entry in _described(SPLIT):
+        if not {entry.signature, entry.sentence.lower()} & seen:
+            seen |= {entry.signature, entry.sentence.lower()}
+            found.append(entry)
+    return sorted(found, key=lambda e: _hash(e.signature + e.sentence))
+
+
+def _described(split: str) -> Iterator[_Entry]:
+    for number, document in enumerate(pydocs.documents(split)):
         for paragraph in document.split("\n\n"):
             signature, _, body = paragraph.partition("\n")
-            if not _SIGNATURE.fullmatch(signature) or len(signature) > _SIGNATURE_CHARS:
-                continue
-            sentence = _SENTENCE_END.split(" ".join(body.split()))[0]
-            if len(sentence) in _SENTENCE_CHARS and not {signature, sentence.lower()} & seen:
-                seen |= {signature, sentence.lower()}
-                found.append(_Entry(number, signature, sentence))
-    return sorted(found, key=lambda e: _hash(e.signature + e.sentence))
+            if _SIGNATURE.fullmatch(signature) and len(signature) <= _SIGNATURE_CHARS:
+                sentence = _SENTENCE_END.split(" ".join(body.split()))[0]
+                if len(sentence) in _SENTENCE_CHARS:
+                    yield _Entry(number, signature, sentence)
 
 
 def _question(number: int, entries: list[_Entry]) -> dict[str, Any]:

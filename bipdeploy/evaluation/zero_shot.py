@@ -136,18 +136,18 @@ def summarise(answers: Mapping[Task, tuple[Answers, Answers]]
     return figures, {"tasks": records, "mean": mean, "spread": spread}
 
 
-def paired(tasks: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:
+def paired(scores: Sequence[Sequence[tuple[float, float]]]) -> dict[str, Any]:
     """Dense minus pruned and pruned / dense, each with its standard error and 95% interval, from
     the scores (dense, pruned) of every document of every task; tasks count alike.
 
     The ratio's error is linearised: that of pruned − ratio × dense, document by document.
     """
-    dense, pruned = (_mean([_mean([pair[side] for pair in task]) for task in tasks])
+    dense, pruned = (_mean([_mean([pair[side] for pair in task]) for task in scores])
                      for side in (0, 1))
 
     def error(ratio: float) -> float:
         return math.sqrt(sum(stderr([p - ratio * d for d, p in task])**2
-                             for task in tasks)) / len(tasks)
+                             for task in scores)) / len(scores)
 
     found = {"accuracy": {"dense": dense, "pruned": pruned},
              "difference": _interval(dense - pruned, error(1.0))}
