@@ -192,7 +192,7 @@ class ZeroShotSection(Section):
         "tasks (hub); `llm_bip_7` for boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge "
         "and openbookqa; `builtin:pydocs_choice` (which docstring belongs to a signature, on every "
         "machine); or a path with a slash to a YAML file, or a folder of them, that defines tasks "
-        "as lm-eval's do.")
+        "as lm-eval's do (Python functions that it names are run).")
     batch: PositiveInt = Field(8, description="Answers in a batch.")
     limit: PositiveInt | None = Field(
         None, description="Take at most this many documents of each task, the first ones. "

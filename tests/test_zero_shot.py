@@ -8,15 +8,18 @@ import math
 import shutil
 import statistics
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bipdeploy import api, artifacts, figures, pipeline, recipe_file, screens, tasks
+from bipdeploy.console import Silent
 from bipdeploy.data import pydocs, pydocs_choice
 from bipdeploy.errors import InputError, RecipeError
 from bipdeploy.evaluation import zero_shot
 from bipdeploy.recipe import ZeroShotSection
+from bipdeploy.stages.job import Job
 from tests.running import RECIPES, SMOKE, bipdeploy_here, python, refused
 from tests.tiny import PICO
 
@@ -58,6 +61,18 @@ def measured(smoke, tmp_path_factory):
     out = tmp_path_factory.mktemp("zero_shot") / "e"
     return api.evaluate("builtin:pico", smoke.folder / "export" / "transformers", out,
                         [*ALONE, "evaluate.zero_shot.limit=200", "evaluate.zero_shot.batch=16"])
+
+
+class Counting(Silent):
+    """A reporter that counts."""
+
+    steps = done = 0
+
+    def total(self, steps: int, what: str = "") -> None:
+        self.steps = steps
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
 
 
 def record(folder) -> dict:
@@ -206,6 +221,41 @@ def test_the_seven_tasks_of_the_paper_are_lm_eval_s_with_the_metric_that_papers_
         assert task.metric in {m["metric"] for m in settings["metric_list"]}
 
 
+def test_the_seven_tasks_run_on_documents_of_their_form(monkeypatch):
+    """Their data is on the hub; one document of each stands in for it."""
+    four = {"text": ["ice", "steam", "sand", "wood"], "label": ["A", "B", "C", "D"]}
+    documents = {
+        "aps/super_glue": {"passage": "Snow is cold.", "question": "is snow cold", "label": 1},
+        "baber/piqa": {"goal": "Cut wood.", "sol1": "Use a saw.", "sol2": "Use soup.", "label": 0},
+        "Rowan/hellaswag": {"ctx_a": "A man sits.", "ctx_b": "he", "activity_label": "Sitting",
+                            "endings": ["stands up.", "melts.", "is a list.", "returns."],
+                            "label": "0"},
+        "allenai/winogrande": {"sentence": "The cup fits the box as the _ is large.",
+                               "option1": "box", "option2": "cup", "answer": "1"},
+        "allenai/ai2_arc": {"question": "Cold water is", "choices": four, "answerKey": "A"},
+        "allenai/openbookqa": {"question_stem": "Cold water is", "choices": four,
+                               "answerKey": "A"}}
+
+    def load_dataset(path, *_, **__):
+        rows = datasets.Dataset.from_list([documents[path]])
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    section = ZeroShotSection(tasks=["llm_bip_7"])
+    wanted = tasks.find(section.tasks)
+    loaded = zero_shot.load(wanted, section)
+    model = AutoModelForCausalLM.from_pretrained(PICO, dtype=torch.float32)
+    counted = Counting()
+    job = Job(recipe_file.load(SMOKE), {}, PICO, counted)
+    found = zero_shot.evaluate(model, PICO, loaded, section, job)
+    zero_shot.evaluate(model, PICO, loaded, section, job, first=False)
+    assert {name: round(1 / answers.chance[0]) for name, answers in found.items()} == {
+        "boolq": 2, "piqa": 2, "hellaswag": 4, "winogrande": 2, "arc_easy": 4,
+        "arc_challenge": 4, "openbookqa": 4}
+    assert all(task.metric in found[task.name].scores for task in wanted)
+    assert counted.steps == counted.done == 2 * 22
+
+
 def test_a_gate_may_name_every_figure_of_every_task():
     recipe = recipe_file.load(SMOKE, [ON, "evaluate.zero_shot.tasks=[llm_bip_7]",
                                       "gates.accuracy.arc_easy.ratio.min=0.9",
@@ -256,6 +306,13 @@ def test_a_task_that_lm_eval_cannot_run_is_refused_before_the_first_stage(tmp_pa
                           f"evaluate.zero_shot.tasks=[{task}]")
     assert len(refused(done, 2, "evaluate.zero_shot.tasks", words)) < 400
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_yaml_file_alone_names_its_task(own):
+    (own / "other.yaml").write_text("task: other\ninclude: spare.yaml\n")
+    found = tasks.find([str(own / "other.yaml")])
+    assert [(task.name, task.metric) for task in found] == [("other", "acc")]
+    assert tasks.names([str(own)]) == ["other", "spare"]
 
 
 def test_two_tasks_of_one_name_are_refused(own, tmp_path):
