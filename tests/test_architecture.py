@@ -16,7 +16,8 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job"),
+    ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job",
+     "tasks"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
     ("criteria.", "divisibility", "allocation", "search", "slicing", "refit", "exporters",
@@ -28,13 +29,13 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
-         "onnx", "onnx_ir", "onnxruntime"}
+         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
          "sources", "figures", "summary", "screens", "families", "divisibility", "allocation",
          "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
-         "data.windows", "stages.job", "stages.gate", "modeling.formats", "serving",
-         "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
-         "exporters", "exporters.portability", "ort",
+         "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
+         "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
+         "serving.probe", "templates", "exporters", "exporters.portability", "ort",
          "ort.installed", "ort.folder", "generation")
 
 

@@ -10,6 +10,7 @@ from bipdeploy.calibration import calibration_split, test_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError
+from bipdeploy.evaluation import zero_shot
 from bipdeploy.evaluation.perplexity import Forward, Perplexity, forward_of, perplexity
 from bipdeploy.exporters.folder import onnx_folders
 from bipdeploy.families import architecture
@@ -22,13 +23,18 @@ OVERLAP_LIMIT = 0.01  # share of 13-grams; a few stock phrases recur in any two 
 
 
 def run(job: Job) -> None:
-    """Write `evaluate.json` and the perplexity figures."""
-    section = job.recipe.evaluate.perplexity
-    if not section.enabled:
+    """Write `evaluate.json` and the figures of perplexity and accuracy."""
+    section = job.recipe.evaluate
+    figures: dict[str, float] = {}
+    record: dict[str, Any] = {"not_run": "evaluate.perplexity.enabled is false"}
+    if section.perplexity.enabled:
+        figures, record = measure_perplexity(job)
+    record["zero_shot"] = {"not_run": "evaluate.zero_shot.enabled is false"}
+    if section.zero_shot.enabled:
+        accuracy, record["zero_shot"] = zero_shot.measure(job)
+        figures |= accuracy
+    if not figures:
         job.reporter.total(1)
-        job.write("evaluate.json", {"not_run": "evaluate.perplexity.enabled is false"})
-        return
-    figures, record = measure_perplexity(job)
     job.write("evaluate.json", record)
     job.write_figures(figures)
 
