@@ -254,7 +254,7 @@ def preflight(recipe: Recipe, dense: Path) -> None:
                 raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
                                  f"model's maximum of {arch.max_positions}; lower it or write max")
     if recipe.export.onnx.enabled:
-        installed.require()
+        installed.require(*installed.PACKAGES)
         if recipe.export.onnx.dtype == "bfloat16" and recipe.model.device == "cpu":
             raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, and "
                              "model.device is cpu; use float32 or float16")

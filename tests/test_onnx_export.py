@@ -81,7 +81,7 @@ def test_a_missing_library_is_named_before_the_first_stage(tmp_path, monkeypatch
     monkeypatch.setattr(installed.importlib.util, "find_spec",
                         lambda name: None if name == "onnxruntime" else object())
     done = bipdeploy_here("run", SMOKE, "--runs", tmp_path, "--set", "export.onnx.enabled=true")
-    refused(done, 2, "export.onnx", "onnxruntime is not installed", "bipdeploy[onnx]")
+    refused(done, 2, "onnxruntime is not installed", "bipdeploy[onnx]")
     assert not (tmp_path / "smoke" / "score").exists()
 
 

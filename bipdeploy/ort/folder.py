@@ -7,7 +7,6 @@ share `model.onnx.data`. `genai_config.json` makes the folder one of onnxruntime
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from bipdeploy.checkpoint import COMPANIONS, Checkpoint, write_companions
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.modeling.formats import CODE_FILE
+from bipdeploy.ort.installed import require
 
 MODEL, LAST, DATA = "model.onnx", "model_last.onnx", "model.onnx.data"
 RECORD, GENAI = "bipdeploy.json", "genai_config.json"
@@ -45,14 +45,6 @@ class Contents:
     def kv_heads(self) -> list[int]:
         """KV heads of every cache, by its number: blocks without attention have none."""
         return [w.kv_heads for w in self.blocks if w.heads]
-
-
-def require(*packages: str) -> None:
-    """Raise InputError where a package that ONNX needs is not installed."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed; `pip install 'bipdeploy[onnx]'` for the "
-                             "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)")
 
 
 def write(source: Checkpoint, out: Path, *, style: str, dtype: str) -> None:

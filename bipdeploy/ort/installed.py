@@ -6,13 +6,12 @@ import importlib.util
 
 from bipdeploy.errors import InputError
 
-LIBRARIES = ("onnx", "onnx_ir", "onnxruntime")
+PACKAGES = ("onnx", "onnx_ir", "onnxruntime")
 
 
-def require() -> None:
-    """Raise InputError naming the library that is missing, and the extra that brings it."""
-    for name in LIBRARIES:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"export.onnx: {name} is not installed; `pip install "
-                             "'bipdeploy[onnx]'` for the CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA "
-                             "GPU (one of them only)")
+def require(*packages: str) -> None:
+    """Raise InputError where a package that ONNX needs is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is not installed; `pip install 'bipdeploy[onnx]'` for the "
+                             "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)")

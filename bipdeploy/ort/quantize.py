@@ -26,8 +26,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from bipdeploy.errors import InputError
 from bipdeploy.ort import folder as onnx_folder
-from bipdeploy.ort.folder import DATA, MODEL, Contents, require
+from bipdeploy.ort.folder import DATA, MODEL, Contents
 from bipdeploy.ort.graph import EMBEDDED, HIDDEN, named_value
+from bipdeploy.ort.installed import require
 from bipdeploy.ort.nodes import MICROSOFT
 
 BLOCK = 32

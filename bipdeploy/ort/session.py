@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from bipdeploy.errors import InputError
-from bipdeploy.ort.folder import Contents, require
+from bipdeploy.ort.folder import Contents
+from bipdeploy.ort.installed import require
 
 DEVICES = ("auto", "cpu", "cuda")
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
