@@ -153,6 +153,8 @@ def solve(arch: Architecture, curves: Sequence[Curve],
         fixed -= _parameters(arch, curve, _dense(arch, curve))
         tables.append((widths, sizes, [curve.at(width) for width in widths]))
     room = budget - fixed
+    if room < sum(min(sizes) for _, sizes, _ in tables):
+        raise ValueError("the budget is below what the smallest widths need")
     unit = room / GRID
     best = torch.zeros(GRID + 1, dtype=torch.float64)  # least cost by grid steps at most used
     taken = []
@@ -164,20 +166,26 @@ def solve(arch: Architecture, curves: Sequence[Curve],
                 totals[row, steps:] = best[:GRID + 1 - steps] + cost
         best, picked = totals.min(0)
         taken.append(picked)
-    if not torch.isfinite(best[GRID]):
-        raise ValueError("the budget is below what the smallest widths need")
-    place, chosen = GRID, dict(enumerate(arch.blocks))
-    for curve, (widths, sizes, _), picked in reversed(list(zip(curves, tables, taken,
-                                                               strict=True))):
-        row = int(picked[place])
-        place -= round(sizes[row] / unit)
-        old = chosen[curve.block]
-        if curve.part == "heads":
-            chosen[curve.block] = BlockWidths(widths[row] * arch.blocks[curve.block].group,
-                                              widths[row], old.intermediate)
-        else:
-            chosen[curve.block] = BlockWidths(old.heads, old.kv_heads, widths[row])
-    return [chosen[i] for i in range(len(arch.blocks))]
+    if not torch.isfinite(best[GRID]):  # by rounding alone: the smallest widths just fit
+        return _widths(arch, curves, [min(widths) for widths, _, _ in tables])
+    place, rows = GRID, []
+    for (_, sizes, _), picked in zip(reversed(tables), reversed(taken), strict=True):
+        rows.append(int(picked[place]))
+        place -= round(sizes[rows[-1]] / unit)
+    return _widths(arch, curves, [widths[row] for (widths, _, _), row
+                                  in zip(tables, reversed(rows), strict=True)])
+
+
+def _widths(arch: Architecture, curves: Sequence[Curve], chosen: Sequence[int]
+            ) -> list[BlockWidths]:
+    """The dense widths with the chosen ones in their places."""
+    blocks = list(arch.blocks)
+    for curve, width in zip(curves, chosen, strict=True):
+        old, group = blocks[curve.block], arch.blocks[curve.block].group
+        blocks[curve.block] = (BlockWidths(width * group, width, old.intermediate)
+                               if curve.part == "heads" else
+                               BlockWidths(old.heads, old.kv_heads, width))
+    return blocks
 
 
 def predicted(curves: Sequence[Curve], widths: Sequence[BlockWidths]) -> float:
