@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
                       libraries=_ONNX),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
-    "gate": Stage(("gates",), ("prune", "export", "evaluate", "bench")),
+    "gate": Stage(("gates",), ("prune", "recover", "export", "evaluate", "bench")),
     "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
                                                  "evaluate", "bench", "gate")),
 }

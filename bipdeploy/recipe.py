@@ -123,9 +123,10 @@ class RefitSection(Section):
 class RecoverSection(Section):
     """Repair after slicing."""
 
-    method: Literal["none", "refit"] = Field(
+    method: Literal["none", "refit", "bias"] = Field(
         "refit", description="`refit`: solve both output projections of each block in closed form, "
-        "in sequence. `none`: leave the sliced weights as they are.")
+        "in sequence. `bias`: the mean output of what was removed becomes a bias (FLAP's repair), "
+        "which adds parameters. `none`: leave the sliced weights as they are.")
     refit: RefitSection = Field(default_factory=RefitSection)
 
 

@@ -29,6 +29,7 @@ class Statistics:
     """Sums over all calibration tokens of a block, float64 except the Gram matrices (float32).
 
     z_energy [G*q*E] and h_energy [F]: sums of squares of the inputs of o_proj and down_proj.
+    z_sum, z_square, h_sum, h_square: sums and sums of squares, exact enough for variances.
     z_gram [G, q*E, q*E]: sum of z z'; z_gram_scaled: the same over mean(u^2) of each token.
     up_energy, gate_energy [F]: sums of squares of up and silu(gate). output_energy: of y.
     measured [G]: sums of squares of the change of y when the group is removed.
@@ -43,11 +44,24 @@ class Statistics:
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def _add_moments(self, prefix: str, x: torch.Tensor) -> None:
+        x = x.double()  # in float32 a variance far below the mean's square would drown
+        self._add(f"{prefix}_sum", x.sum(0))
+        self._add(f"{prefix}_square", x.square().sum(0))
+
+    def variance(self, prefix: str) -> torch.Tensor:
+        """Unbiased variance over all tokens of the inputs of o_proj (`z`) or down_proj (`h`)."""
+        mean = self.sums[f"{prefix}_sum"] / self.tokens
+        centred = self.sums[f"{prefix}_square"] - self.tokens * mean.square()
+        return centred.clamp_min(0) / max(self.tokens - 1, 1)
+
     def see_attention(self, z: torch.Tensor, u: torch.Tensor) -> None:
         """Take in a batch of o_proj's inputs z [.., G*q*E] and attention outputs u [.., D]."""
         z = z.flatten(0, -2).float()
         if "energy" in self.needs:
             self._add("z_energy", z.square().sum(0).double())
+        if "moments" in self.needs:
+            self._add_moments("z", z)
         if "gram" in self.needs:
             z_G = z.view(len(z), self.groups, -1).transpose(0, 1)
             inverse_rms = (u.flatten(0, -2).float().square().mean(-1) + self.eps).rsqrt()
@@ -60,6 +74,8 @@ class Statistics:
         gate, up = gate.flatten(0, -2).float(), up.flatten(0, -2).float()
         if "energy" in self.needs:
             self._add("h_energy", (gate * up).square().sum(0).double())
+        if "moments" in self.needs:
+            self._add_moments("h", gate * up)
         if "ffn_parts" in self.needs:
             self._add("gate_energy", gate.square().sum(0).double())
             self._add("up_energy", up.square().sum(0).double())

@@ -44,4 +44,4 @@ def run(job: Job) -> None:
         "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})
-    job.write_figures(size_figures(arch, widths))
+    job.write_figures(size_figures(arch, architecture(config)))
