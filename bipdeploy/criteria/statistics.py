@@ -6,10 +6,12 @@ F FFN channels. A group's inputs to o_proj are its q*E columns, side by side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from bipdeploy.blocks import Block
 
@@ -33,6 +35,7 @@ class Statistics:
     z_gram [G, q*E, q*E]: sum of z z'; z_gram_scaled: the same over mean(u^2) of each token.
     up_energy, gate_energy [F]: sums of squares of up and silu(gate). output_energy: of y.
     measured [G]: sums of squares of the change of y when the group is removed.
+    similarity [3]: sums of the cosines of x and u, of u and y, and of x and y.
     """
 
     groups: int
@@ -86,6 +89,20 @@ class Statistics:
         if "output" in self.needs:
             self._add("output_energy", y.float().square().sum().double())
 
+    def see_flow(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in a batch of block inputs, attention outputs and block outputs, all [.., D]."""
+        x, u, y = x.float(), u.float(), y.float()
+        self._add("similarity", torch.stack([
+            cosine_similarity(a, b, dim=-1).double().sum() for a, b in ((x, u), (u, y), (x, y))]))
+
+    def influence(self) -> torch.Tensor:
+        """1 - mean cosine of input and output of the attention, the FFN, the whole block: [3].
+
+        Block influence of ShortGPT (arXiv 2403.03853); taken of the parts, each with its norm and
+        residual, as in "What matters in transformers" (arXiv 2406.15786).
+        """
+        return (1 - self.sums["similarity"] / self.tokens).clamp_min(0).cpu()
+
     def see_measured(self, energy: torch.Tensor) -> None:
         """Take in the change of a batch's output by removing each group: sums of squares [G]."""
         self._add("measured", energy.double())
@@ -104,6 +121,7 @@ class BlockView:
     channels: int
     propagation: str
     generator: torch.Generator
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by weight, float32
 
     def grouped_output(self) -> torch.Tensor:
         """o_proj's weight by group: [G, D, q*E], float32."""
