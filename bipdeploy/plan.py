@@ -39,7 +39,8 @@ class Plan:
     """A dense model and what a recipe makes of it.
 
     `known`: `exact` (the widths follow from the sizes), `run` (they are those of a finished run)
-    or `budget` (they depend on scores, and are uniform ones of the same budget until then).
+    or `budget` (they depend on scores, and are uniform ones of the same budget until then; of the
+    `dropped` parts the first that may leave stand in for those that will).
     """
 
     name: str
@@ -52,6 +53,7 @@ class Plan:
     pruned: tuple[BlockWidths, ...]
     figures: dict[str, float]
     verdicts: tuple[Verdict, ...]
+    dropped: dict[str, int]
 
 
 def make(recipe: Recipe, runs: Path) -> Plan:
@@ -64,15 +66,18 @@ def make(recipe: Recipe, runs: Path) -> Plan:
     uniform = tuple(uniform_widths(arch, recipe.prune, tensor_parallel=parallel))
     known: Known = "exact"
     pruned = possible = uniform
-    if recipe.prune.layers == "global":
+    if recipe.prune.layers != "uniform" or recipe.prune.depth.any:
         made = _made(recipe, dense, runs / recipe.name / "prune")
         known = "run" if made else "budget"
         pruned = made or uniform
-        possible = made or tuple(possible_widths(arch, recipe.prune, tensor_parallel=parallel))
+        if recipe.prune.layers != "uniform":
+            possible = tuple(possible_widths(arch, recipe.prune, tensor_parallel=parallel))
+        possible = made or possible
     return Plan(recipe.name, recipe.model.id, recipe.prune.ratio, recipe.prune.layers, parallel,
                 known, arch.blocks, pruned,
                 size_figures(arch, _architecture(recipe, config, arch, pruned)),
-                tuple(_verdicts(arch, possible, parallel, certain=known != "budget")))
+                tuple(_verdicts(arch, possible, parallel, certain=known != "budget")),
+                recipe.prune.depth.model_dump())
 
 
 def _architecture(recipe: Recipe, config: Mapping[str, Any], dense: Architecture,

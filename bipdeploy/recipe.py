@@ -88,15 +88,32 @@ class ProtectSection(Section):
     last: int = Field(0, ge=0, description="How many of the last blocks stay dense.")
 
 
+class DepthSection(Section):
+    """Parts that leave as a whole, those with the least influence on the residual stream first."""
+
+    blocks: int = Field(0, ge=0, description="How many whole blocks are dropped.")
+    attention: int = Field(0, ge=0, description="How many more attentions are dropped.")
+    ffn: int = Field(0, ge=0, description="How many more FFNs are dropped.")
+
+    @property
+    def any(self) -> bool:
+        return bool(self.blocks or self.attention or self.ffn)
+
+
 class PruneSection(Section):
     """How much is removed, and where."""
 
     ratio: Share = Field(description="Share of the parameters of all blocks that is removed "
                          "(protected blocks count in the total, embeddings do not).")
-    layers: Literal["uniform", "global"] = Field(
+    layers: Literal["uniform", "global", "adaptive"] = Field(
         "uniform", description="`uniform`: every unprotected block gets the same widths, and "
-        "without protected blocks the result is a stock checkpoint. `global`: groups of all "
-        "blocks compete, and widths differ by block.")
+        "without protected blocks the result is a stock checkpoint. `global`: heads of all blocks "
+        "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
+        "channels, in one ranking (FLAP's).")
+    depth: DepthSection = Field(
+        default_factory=DepthSection, description="What is dropped before widths meet the rest of "
+        "the ratio. Protected blocks are spared. With heads and ffn both false, depth alone has "
+        "to meet the ratio to within one dropped part.")
     protect: ProtectSection = Field(default_factory=ProtectSection)
     round_to: PositiveInt = Field(
         128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "
@@ -106,9 +123,9 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _something(self) -> PruneSection:
-        if not (self.heads or self.ffn):
-            raise ValueError("heads and ffn are both false, so nothing can be pruned; "
-                             "set one to true")
+        if not (self.heads or self.ffn or self.depth.any):
+            raise ValueError("heads and ffn are both false and depth drops nothing, so nothing "
+                             "can be pruned; set one to true")
         return self
 
 

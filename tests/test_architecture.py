@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
-    ("criteria.", "divisibility", "allocation", "slicing", "refit", "exporters",
+    ("criteria.", "divisibility", "depth", "allocation", "slicing", "refit", "exporters",
      "exporters.", "evaluation", "evaluation.", "measuring", "measuring.", "serving", "serving.",
      "templates"),
     ("stages", "stages.", "summary"),
@@ -29,9 +29,9 @@ LAYERS: list[tuple[str, ...]] = [
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
-         "sources", "figures", "summary", "screens", "families", "divisibility", "allocation",
-         "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
-         "data.windows", "stages.job", "stages.gate", "modeling.formats", "serving",
+         "sources", "figures", "summary", "screens", "families", "divisibility", "depth",
+         "allocation", "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs",
+         "data.text", "data.windows", "stages.job", "stages.gate", "modeling.formats", "serving",
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
          "exporters", "exporters.portability")
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from bipdeploy import api
+from bipdeploy.allocation import BlockScores, allocate
 from bipdeploy.artifacts import figures
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.criteria.flap import standardised
 from bipdeploy.criteria.statistics import Statistics
-from bipdeploy.families import OUTPUT_BIAS
+from bipdeploy.families import OUTPUT_BIAS, architecture
 from bipdeploy.modeling.formats import biased_config
-from bipdeploy.recipe import ModelSection
+from bipdeploy.recipe import ModelSection, PruneSection
 from bipdeploy.stages.recover import bias_block
 from tests.sliced import (
     architecture_of,
@@ -69,6 +70,36 @@ def test_a_variance_far_below_the_mean_is_exact():
 def test_values_that_do_not_differ_are_all_zero():
     for values in (torch.ones(4), torch.ones(1)):
         assert not standardised(values).any()
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3, 0.4])
+def test_adaptive_widths_are_those_of_one_ranking_of_heads_and_channels(ratio):
+    """FLAP's own rule (AL-AM): all that is above the score where the budget is met stays."""
+    arch = architecture({"model_type": "llama", "hidden_size": 64, "intermediate_size": 160,
+                         "num_attention_heads": 8, "num_key_value_heads": 8,
+                         "num_hidden_layers": 6, "vocab_size": 100})
+    draw = torch.Generator().manual_seed(1)
+    scores = [BlockScores((torch.randn(8, generator=draw) / 2).tolist(),
+                          torch.randn(160, generator=draw).tolist()) for _ in arch.blocks]
+    asked = PruneSection.model_validate({"ratio": ratio, "layers": "adaptive", "round_to": 1})
+    widths, kept = allocate(arch, asked, scores, comparable=True, one_scale=True)
+    entries = sorted([(s, arch.kv_group_parameters(0), (i, "groups", n))
+                      for i, b in enumerate(scores) for n, s in enumerate(b.heads)]
+                     + [(s, arch.channel_parameters(), (i, "channels", n))
+                        for i, b in enumerate(scores) for n, s in enumerate(b.ffn)])
+    total = sum(arch.block_parameters(i) for i in range(6))
+    gone, removed = set(), 0
+    for _, weight, which in entries:
+        if abs(ratio * total - removed - weight) >= abs(ratio * total - removed):
+            break
+        gone.add(which)
+        removed += weight
+    # The last head may leave or stay: channels then meet the budget more exactly than FLAP.
+    found = {(i, field, n) for i, k in enumerate(kept) for field, count in
+             (("groups", 8), ("channels", 160)) for n in set(range(count)) - set(getattr(k, field))}
+    assert {w for w in found if w[1] == "groups"} == {w for w in gone if w[1] == "groups"}
+    assert len(found ^ gone) <= arch.kv_group_parameters(0) / arch.channel_parameters()
+    assert ratio < 0.3 or len({w.kv_heads for w in widths}) > 1
 
 
 # The bias

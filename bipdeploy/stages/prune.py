@@ -10,7 +10,7 @@ from bipdeploy.families import architecture, size_figures
 from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.job import Job
-from bipdeploy.stages.score import SUMMARY, read_scores
+from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
 
 KEPT = "kept.json"
 
@@ -26,7 +26,10 @@ def run(job: Job) -> None:
         raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
-    widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"],
+    section = job.recipe.prune
+    influence = read_influence(job.inputs["score"]) if section.depth.any else None
+    widths, kept = allocate(arch, section, scores, comparable=summary["comparable"],
+                            one_scale=summary.get("one_scale", False), influence=influence,
                             tensor_parallel=job.recipe.hardware.tensor_parallel)
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
@@ -39,8 +42,11 @@ def run(job: Job) -> None:
                        f"model.layers.{index}.")
             job.reporter.advance()
     job.write(KEPT, {
-        "ratio": job.recipe.prune.ratio, "layers": job.recipe.prune.layers,
+        "ratio": section.ratio, "layers": section.layers,
         "model_type": config["model_type"],
+        "dropped": {part: [i for i, (dense, own) in enumerate(zip(arch.blocks, widths, strict=True))
+                           if getattr(dense, width) and not getattr(own, width)]
+                    for part, width in (("attention", "kv_heads"), ("ffn", "intermediate"))},
         "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})

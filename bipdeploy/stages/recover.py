@@ -54,7 +54,7 @@ def refit(job: Job) -> dict[str, Any]:
             stored = source.block(index)
             x_dense, x_pruned, record = refit_block(
                 dense.block(index, tokens), block, x_dense, x_pruned, ridge,
-                next(iter(stored.values())).dtype)
+                next((t.dtype for t in stored.values()), pruned.dtype))
             for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
                 module, key = getattr(block.layer, part), f"{part}.{name}.weight"
                 if module is not None:

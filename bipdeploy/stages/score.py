@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from bipdeploy.criteria import CRITERIA
 from bipdeploy.criteria.gradients import blocks_backwards
 from bipdeploy.criteria.llm_bip import head_bound, measured_change, rank_correlation
 from bipdeploy.criteria.statistics import BlockView, Scores, Statistics
+from bipdeploy.depth import Influence
 from bipdeploy.errors import InputError
 from bipdeploy.recipe import Recipe
 from bipdeploy.stages.job import Job
@@ -149,10 +151,27 @@ def _see(block: Block, x: torch.Tensor, statistics: Statistics) -> torch.Tensor:
 
 def read_scores(folder: Path) -> list[BlockScores]:
     """The scores that the stage wrote, by block. Raises InputError where there are none."""
+    blocks = _stored(folder)
+    return [BlockScores(blocks[f"block.{i}.heads"], blocks[f"block.{i}.ffn"])
+            for i in range(_count(blocks))]
+
+
+def read_influence(folder: Path) -> list[Influence]:
+    """The influence that the stage wrote, by block. Raises InputError where there is none."""
+    blocks = _stored(folder)
+    if "block.0.influence" not in blocks:
+        raise InputError(f"prune.depth needs the influence of every block, and the scores in "
+                         f"{folder} are older than that; score the model again")
+    return [Influence(*blocks[f"block.{i}.influence"]) for i in range(_count(blocks))]
+
+
+def _stored(folder: Path) -> dict[str, list[float]]:
     path = folder / SCORES if folder.is_dir() else folder
     if not path.is_file():
         raise InputError(f"{folder} holds no {SCORES}; give what `bipdeploy score` wrote")
     with opened(path) as file:
-        count = len({name.split(".")[1] for name in file.keys()})
-        return [BlockScores(file.get_tensor(f"block.{i}.heads").tolist(),
-                            file.get_tensor(f"block.{i}.ffn").tolist()) for i in range(count)]
+        return {name: file.get_tensor(name).tolist() for name in file.keys()}
+
+
+def _count(blocks: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in blocks})
