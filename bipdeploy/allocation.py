@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import inf, lcm
 from statistics import fmean, pstdev
+from typing import NamedTuple
 
+from bipdeploy.depth import Influence, dropped, largest_part, unprotected
 from bipdeploy.divisibility import counted, kv_head_counts, require_parallel
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths
@@ -35,6 +37,14 @@ class Kept:
     channels: tuple[int, ...]
 
 
+class _Step(NamedTuple):
+    """A block gets narrower by `size` KV heads or channels."""
+
+    importance: float
+    block: int
+    size: int
+
+
 @dataclass(frozen=True)
 class _Choices:
     """The widths that unprotected blocks may have."""
@@ -48,36 +58,31 @@ class _Choices:
 
 
 def allocate(arch: Architecture, section: PruneSection, scores: Sequence[BlockScores], *,
-             comparable: bool, tensor_parallel: int = 1) -> tuple[list[BlockWidths], list[Kept]]:
+             comparable: bool, one_scale: bool = False, tensor_parallel: int = 1,
+             influence: Sequence[Influence] | None = None
+             ) -> tuple[list[BlockWidths], list[Kept]]:
     """Widths and kept indices of every block. Raises InputError where the ratio cannot be met."""
     if section.layers == "uniform":
-        widths = uniform_widths(arch, section, tensor_parallel=tensor_parallel)
+        widths = uniform_widths(arch, section, tensor_parallel=tensor_parallel,
+                                influence=influence)
     else:
-        widths = global_widths(arch, section, scores, comparable=comparable,
-                               tensor_parallel=tensor_parallel)
+        widths = global_widths(arch, section, scores, comparable=comparable, one_scale=one_scale,
+                               tensor_parallel=tensor_parallel, influence=influence)
     return widths, [keep(s, w) for s, w in zip(scores, widths, strict=True)]
 
 
-def unprotected(arch: Architecture, section: PruneSection) -> list[int]:
-    """Indices of the blocks that may be pruned."""
-    count = len(arch.blocks)
-    inner = list(range(section.protect.first, count - section.protect.last))
-    if not inner:
-        raise InputError(f"prune.protect: first {section.protect.first} and last "
-                         f"{section.protect.last} leave no block of {count} to prune; lower them")
-    return inner
-
-
-def uniform_widths(arch: Architecture, section: PruneSection, *,
-                   tensor_parallel: int = 1) -> list[BlockWidths]:
-    """The same share of heads and of channels in every unprotected block.
+def uniform_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: int = 1,
+                   influence: Sequence[Influence] | None = None) -> list[BlockWidths]:
+    """The same share of heads and of channels in every unprotected block that depth leaves.
 
     KV groups are rounded to the nearest number that divides for tensor parallelism and from which
     FFN channels can meet the rest of the budget; these then meet it to within one rounding unit
-    of every block. Raises InputError where the ratio is more than can be removed.
+    of every block. Without `influence` other parts are dropped, and as many. Raises InputError
+    where the ratio is more than can be removed.
     """
+    dense, arch = arch, dropped(arch, section, influence)
     choices = _choices(arch, section, tensor_parallel)
-    budget, share = _budget(arch, section, choices)
+    budget, share = _budget(dense, arch, section, choices)
     widths = list(arch.blocks)
     if section.heads:
         start = {i: _nearest(counts, arch.blocks[i].kv_heads * (1 - share))
@@ -102,54 +107,71 @@ def uniform_widths(arch: Architecture, section: PruneSection, *,
 
 
 def global_widths(arch: Architecture, section: PruneSection, scores: Sequence[BlockScores], *,
-                  comparable: bool, tensor_parallel: int = 1) -> list[BlockWidths]:
+                  comparable: bool, one_scale: bool = False, tensor_parallel: int = 1,
+                  influence: Sequence[Influence] | None = None) -> list[BlockWidths]:
     """Groups of all unprotected blocks compete: heads with heads, channels with channels.
 
-    Each kind gives up the same share of its parameters, as nearly as the budget allows. Every
-    block keeps at least one KV group (or the fewest that divide for tensor parallelism) and one
-    rounding unit of channels. Scores that are not comparable between blocks are standardised
-    within each block first (zero mean, unit variance; as FLAP does). Raises InputError where the
-    ratio is more than can be removed.
+    `layers: global`: each kind gives up the same share of its parameters, as nearly as the budget
+    allows. `adaptive`: one ranking of both kinds decides how much each gives up. Every block keeps
+    at least one KV group (or the fewest that divide for tensor parallelism) and one rounding unit
+    of channels. Scores that are not comparable between blocks are standardised within each block
+    first (zero mean, unit variance; as FLAP does). Raises InputError where the ratio is more than
+    can be removed.
     """
+    whole, arch = arch, dropped(arch, section, influence)
     choices = _choices(arch, section, tensor_parallel)
-    budget, share = _budget(arch, section, choices)
+    budget, share = _budget(whole, arch, section, choices)
     widths = list(arch.blocks)
+    unit, weight = choices.unit, arch.channel_parameters()
+    one_scale = one_scale or section.layers == "global"
+    channels = {i: arch.blocks[i].intermediate for i in choices.blocks}
+    # A dense width that is no multiple loses its odd channels with the first unit.
+    narrower = _steps(_scaled({i: scores[i].ffn for i, w in channels.items() if w}, comparable,
+                              one_scale),
+                      {i: [w, *range((w - 1) // unit * unit, 0, -unit)]
+                       for i, w in channels.items()})
     if section.heads:
         dense = {i: arch.blocks[i].kv_heads for i in choices.blocks}
-        steps = _steps({i: scores[i].heads for i in choices.blocks},
-                       {i: counts[:0:-1] for i, counts in choices.groups.items()}, comparable)
-        left = list(accumulate((size for _, size in steps), initial=0))
+        steps = _steps(_scaled({i: scores[i].heads for i, n in dense.items() if n}, comparable,
+                               one_scale),
+                       {i: counts[:0:-1] for i, counts in choices.groups.items()})
+        left = list(accumulate((step.size for step in steps), initial=0))
         wanted = round(share * sum(dense.values()))
+        start = min(range(len(left)), key=lambda n: abs(left[n] - wanted))
+        if section.layers == "adaptive" and section.ffn:
+            start = _competing(steps, narrower, budget, lambda step, of_heads: step.size * (
+                arch.kv_group_parameters(step.block) if of_heads else weight))
         count = _fitting(
-            min(range(len(left)), key=lambda n: abs(left[n] - wanted)), 0, len(steps),
+            start, 0, len(steps),
             lambda n: _removed(arch, _with_groups(arch, _after(dense, steps[:n]))), budget,
             _ffn_capacity(arch, section, choices))
         widths = _with_groups(arch, _after(dense, steps[:count]))
     if section.ffn:
-        for i, width in _global_channels(arch, scores, choices, comparable,
-                                         budget - _removed(arch, widths)).items():
+        count = _nearing([step.size * weight for step in narrower],
+                         budget - _removed(arch, widths))
+        for i, width in _after(channels, narrower[:count]).items():
             widths[i] = BlockWidths(widths[i].heads, widths[i].kv_heads, width)
     return widths
 
 
-def _global_channels(arch: Architecture, scores: Sequence[BlockScores], choices: _Choices,
-                     comparable: bool, rest: float) -> dict[int, int]:
-    """FFN widths by block: whole rounding units leave until `rest` parameters are gone.
+def _competing(heads: Sequence[_Step], channels: Sequence[_Step], budget: float,
+               weight: Callable[[_Step, bool], int]) -> int:
+    """How many head steps leave where those and the channels' go by one ranking until the budget
+    is met. `weight`: parameters of a step, which is one of heads or not."""
+    ranking = sorted([(step, True) for step in heads] + [(step, False) for step in channels],
+                     key=lambda entry: entry[0].importance)
+    gone = _nearing([weight(*entry) for entry in ranking], budget)
+    return sum(of_heads for _, of_heads in ranking[:gone])
 
-    A dense width that is no multiple loses its odd channels with the first unit.
-    """
-    unit, weight = choices.unit, arch.channel_parameters()
-    dense = {i: arch.blocks[i].intermediate for i in choices.blocks}
-    steps = _steps({i: scores[i].ffn for i in choices.blocks},
-                   {i: [w, *range((w - 1) // unit * unit, 0, -unit)] for i, w in dense.items()},
-                   comparable)
-    count = 0
-    for _, size in steps:
-        if abs(rest - size * weight) >= abs(rest):
-            break
-        rest -= size * weight
-        count += 1
-    return _after(dense, steps[:count])
+
+def _nearing(sizes: Sequence[int], budget: float) -> int:
+    """How many of the first sizes bring their sum as near to the budget as it comes."""
+    rest = budget
+    for count, size in enumerate(sizes):
+        if abs(rest - size) >= abs(rest):
+            return count
+        rest -= size
+    return len(sizes)
 
 
 def possible_widths(arch: Architecture, section: PruneSection, *,
@@ -176,7 +198,7 @@ def part_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: i
     """The widths that a part ("heads", in KV heads, or "ffn", in channels) of a block may have,
     ascending; just the dense one where it is not pruned. Raises InputError as `uniform_widths`."""
     choices = _choices(arch, section, tensor_parallel)
-    _budget(arch, section, choices)
+    _budget(arch, arch, section, choices)
 
     def widths(block: int, part: str) -> list[int]:
         dense = arch.blocks[block]
@@ -200,33 +222,32 @@ def _best(scores: Sequence[float], count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count]))
 
 
-def _steps(scores: Mapping[int, Sequence[float]], sizes: Mapping[int, Sequence[int]],
-           comparable: bool) -> list[tuple[int, int]]:
-    """The steps by which blocks get narrower, as (block, how much), the least important first.
+def _steps(scores: Mapping[int, Sequence[float]],
+           sizes: Mapping[int, Sequence[int]]) -> list[_Step]:
+    """The steps by which blocks get narrower, the least important first.
 
     A step leads from one of the block's `sizes`, descending from dense, to the next. Its importance
     is the mean score of what it removes, each block giving up its own worst first.
     """
-    found: list[tuple[float, int, int]] = []
+    found: list[_Step] = []
     for i, own in scores.items():
-        ascending = sorted(own if comparable else _standardised(own))
+        ascending = sorted(own)
         low, importance = 0, -inf
         for size, smaller in pairwise(sizes[i]):
             high = low + size - smaller
             # A mean of equal scores may round below the one before it, which still goes first.
             importance = max(importance, fmean(ascending[low:high]))
-            found.append((importance, i, high - low))
+            found.append(_Step(importance, i, high - low))
             low = high
     # Stable by block: within a block the steps are already in ascending order.
-    found.sort(key=lambda entry: entry[0])
-    return [(i, size) for _, i, size in found]
+    return sorted(found, key=lambda step: step.importance)
 
 
-def _after(dense: Mapping[int, int], steps: Iterable[tuple[int, int]]) -> dict[int, int]:
+def _after(dense: Mapping[int, int], steps: Iterable[_Step]) -> dict[int, int]:
     """Sizes by block once some steps are taken."""
     sizes = dict(dense)
-    for i, size in steps:
-        sizes[i] -= size
+    for step in steps:
+        sizes[step.block] -= step.size
     return sizes
 
 
@@ -253,6 +274,18 @@ def _with_groups(arch: Architecture, groups: dict[int, int]) -> list[BlockWidths
     """The dense widths with other numbers of KV groups in some blocks."""
     return [BlockWidths(groups[i] * w.group, groups[i], w.intermediate) if i in groups else w
             for i, w in enumerate(arch.blocks)]
+
+
+def _scaled(scores: Mapping[int, Sequence[float]], comparable: bool,
+            one_scale: bool) -> Mapping[int, Sequence[float]]:
+    """Scores of one kind of group, by block, on a scale that blocks share; unless `one_scale`, on
+    one that the other kind's scores have too."""
+    if not comparable:
+        return {i: _standardised(own) for i, own in scores.items()}
+    if one_scale:
+        return scores
+    together = iter(_standardised([s for own in scores.values() for s in own]))
+    return {i: [next(together) for _ in own] for i, own in scores.items()}
 
 
 def _standardised(scores: Sequence[float]) -> list[float]:
@@ -301,13 +334,20 @@ def _ffn_capacity(arch: Architecture, section: PruneSection, choices: _Choices) 
                for i in choices.blocks) * arch.channel_parameters()
 
 
-def _budget(arch: Architecture, section: PruneSection, choices: _Choices) -> tuple[float, float]:
-    """Parameters to remove, and as a share of all that is pruned. Raises InputError for too many.
+def _budget(dense: Architecture, arch: Architecture, section: PruneSection,
+            choices: _Choices) -> tuple[float, float]:
+    """Parameters to remove from what depth left (`arch`) of `dense`, and as a share of all that
+    is pruned. Raises InputError for too many.
 
     Every block keeps its fewest KV groups and one rounding unit of channels.
     """
-    total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    budget = section.ratio * total
+    total = sum(dense.block_parameters(i) for i in range(len(dense.blocks)))
+    gone = _removed(dense, arch.blocks)
+    budget = section.ratio * total - gone
+    if section.depth.any:
+        _require_depth(section, gone / total, largest_part(dense, arch) / total)
+        if not (section.heads or section.ffn):
+            return 0.0, 0.0
     most = _ffn_capacity(arch, section, choices) or 0
     fewest = {i: counts[:2][-1] for i, counts in choices.groups.items()}
     if section.heads:
@@ -320,5 +360,21 @@ def _budget(arch: Architecture, section: PruneSection, choices: _Choices) -> tup
             f"{len(fewest)} of {len(arch.blocks)} blocks may be pruned, each keeps "
             f"{'one KV head' if heads == 1 else counted(heads, 'KV head')} and "
             f"{choices.unit} channels; with these settings at most "
-            f"{int(most / total * 1000) / 1000:g} can be removed")
+            f"{int((most + gone) / total * 1000) / 1000:g} can be removed")
     return budget, budget / sum(_prunable(arch, i, section) for i in choices.blocks)
+
+
+def _require_depth(section: PruneSection, gone: float, part: float) -> None:
+    """Raise InputError where the share that depth removes does not go with `prune.ratio`.
+
+    It must leave something to the widths or, where these are not pruned, meet the ratio itself to
+    within one dropped part.
+    """
+    share = f"prune.depth drops {gone:.3g} of the parameters, and prune.ratio is {section.ratio:g}"
+    if section.heads or section.ffn:
+        if gone >= section.ratio:
+            raise InputError(f"{share}: nothing is left for heads and channels to give; lower "
+                             "depth, raise the ratio, or set heads and ffn to false")
+    elif abs(gone - section.ratio) >= part:
+        raise InputError(f"{share}, which depth alone has to meet, since heads and ffn are false; "
+                         f"change depth, or set ratio to {gone:.3g}")

@@ -142,6 +142,20 @@ class BlockWalker:
         return [self._torch.nn.functional.embedding(windows.to(self.device), table)
                 for windows in batches]
 
+    def head(self) -> torch.nn.Module:
+        """The final norm and the output layer: hidden states [B, T, D] → logits [B, T, V]."""
+        names = {"0.weight": "model.norm.weight", "1.weight": (
+            "model.embed_tokens.weight" if self.architecture.tied else "lm_head.weight")}
+        tensors = self._checked(self.checkpoint.tensors(names.values()), "")
+        norm = getattr(loading.family_module(self.family), f"{self.family.class_prefix}RMSNorm")
+        with self._torch.device("meta"):
+            head = self._torch.nn.Sequential(
+                norm(self.architecture.hidden, eps=self.config.rms_norm_eps),
+                self._torch.nn.Linear(self.architecture.hidden, self.architecture.vocabulary,
+                                      bias=False))
+        head.load_state_dict({own: tensors[name] for own, name in names.items()}, assign=True)
+        return head.eval().requires_grad_(False)
+
     def block(self, index: int, tokens: int) -> Block:
         """Load block `index`, ready for windows of `tokens` tokens."""
         tensors = self._checked(self.checkpoint.block(index), f"model.layers.{index}.")

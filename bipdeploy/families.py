@@ -14,6 +14,8 @@ from typing import Any
 from bipdeploy.errors import InputError, did_you_mean
 from bipdeploy.figures import compared
 
+# Key of our own per-block format: o_proj and down_proj have biases whatever the family's has.
+OUTPUT_BIAS = "output_bias"
 # Model types of our own per-block checkpoints are the family's name behind this prefix.
 PER_BLOCK_PREFIX = "bipdeploy_"
 
@@ -87,7 +89,8 @@ class Architecture:
     tied: bool
     qkv_bias: bool
     output_bias: bool  # of o_proj
-    ffn_bias: bool
+    ffn_bias: bool  # of gate_proj and up_proj
+    down_bias: bool
     max_positions: int
     blocks: tuple[BlockWidths, ...]
 
@@ -114,7 +117,7 @@ class Architecture:
             total += self.hidden + self.hidden * self.output_bias
             total += 2 * self.head_dim * self.family.qk_norm
         if w.intermediate:
-            total += self.hidden + self.hidden * self.ffn_bias
+            total += self.hidden + self.hidden * self.down_bias
         return total
 
     def parameters(self, blocks: Sequence[BlockWidths] | None = None) -> int:
@@ -129,15 +132,15 @@ class Architecture:
         return sum(2 * w.kv_heads * self.head_dim * bytes_per_value for w in blocks or self.blocks)
 
 
-def size_figures(arch: Architecture, widths: Sequence[BlockWidths]) -> dict[str, float]:
+def size_figures(dense: Architecture, pruned: Architecture) -> dict[str, float]:
     """Parameters and bytes, dense and pruned. Bytes are those of 16-bit weights and cache."""
-    dense, pruned = (sum(arch.block_parameters(i, w) for i, w in enumerate(blocks))
-                     for blocks in (arch.blocks, widths))
-    return {**compared("parameters", arch.parameters(), arch.parameters(widths)),
-            **compared("block_parameters", dense, pruned),
-            **compared("weights_bytes", 2 * arch.parameters(), 2 * arch.parameters(widths)),
-            **compared("kv_bytes_per_token", arch.kv_bytes_per_token(),
-                       arch.kv_bytes_per_token(widths))}
+    whole, smaller = (sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+                      for arch in (dense, pruned))
+    return {**compared("parameters", dense.parameters(), pruned.parameters()),
+            **compared("block_parameters", whole, smaller),
+            **compared("weights_bytes", 2 * dense.parameters(), 2 * pruned.parameters()),
+            **compared("kv_bytes_per_token", dense.kv_bytes_per_token(),
+                       pruned.kv_bytes_per_token())}
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -161,6 +164,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             own.get("num_key_value_heads") or family.kv_heads or queries)
         blocks.append(BlockWidths(queries, kv, 0 if "mlp" in skipped else own["intermediate_size"]))
     stated_bias = bool(config.get("attention_bias", False))
+    added_bias = bool(config.get(OUTPUT_BIAS, False))
     return Architecture(
         family=family,
         hidden=config["hidden_size"],
@@ -168,8 +172,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family.attention_bias or stated_bias,
-        output_bias=stated_bias and not family.attention_bias,
+        output_bias=added_bias or (stated_bias and not family.attention_bias),
         ffn_bias=bool(config.get("mlp_bias", False)),
+        down_bias=added_bias or bool(config.get("mlp_bias", False)),
         max_positions=int(config.get("max_position_embeddings") or 2048),
         blocks=tuple(blocks),
     )

@@ -64,7 +64,7 @@ STAGES: dict[str, Stage] = {
                       libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
-    "gate": Stage(("gates",), ("prune", "export", "evaluate", "bench")),
+    "gate": Stage(("gates",), ("prune", "recover", "export", "evaluate", "bench")),
     "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
                                                  "evaluate", "bench", "gate")),
 }
@@ -240,7 +240,7 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
 def preflight(recipe: Recipe, dense: Path) -> None:
     """Refuse what cannot work before the first expensive step. Raises InputError."""
     arch = architecture(read_config(dense))
-    # What is too much for `uniform` is so for `global`.
+    # What is too much for `uniform` is so for `global` and `adaptive`.
     uniform_widths(arch, recipe.prune, tensor_parallel=recipe.hardware.tensor_parallel)
     if recipe.calibration.tokens > arch.max_positions:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "

@@ -5,18 +5,19 @@ All from `config.json`: no torch is imported and no weights are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bipdeploy import artifacts, pipeline, sources
 from bipdeploy.allocation import possible_widths, uniform_widths
 from bipdeploy.checkpoint import read_config
 from bipdeploy.divisibility import counted, faults, group_faults
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
+from bipdeploy.modeling.formats import biased_config, pruned_config
 from bipdeploy.recipe import Recipe
 
 _PARALLEL = (2, 4, 8)
@@ -38,7 +39,8 @@ class Plan:
     """A dense model and what a recipe makes of it.
 
     `known`: `exact` (the widths follow from the sizes), `run` (they are those of a finished run)
-    or `budget` (they depend on scores, and are uniform ones of the same budget until then).
+    or `budget` (they depend on scores, and are uniform ones of the same budget until then; of the
+    `dropped` parts the first that may leave stand in for those that will).
     """
 
     name: str
@@ -51,25 +53,40 @@ class Plan:
     pruned: tuple[BlockWidths, ...]
     figures: dict[str, float]
     verdicts: tuple[Verdict, ...]
+    dropped: dict[str, int]
 
 
 def make(recipe: Recipe, runs: Path) -> Plan:
     """Plan a recipe; `runs` is where its finished run may be. Raises InputError as `run` would."""
     dense = sources.model_folder(recipe.model.id, recipe.model.revision, weights=False)
     pipeline.preflight(recipe, dense)
-    arch = architecture(read_config(dense))
+    config = read_config(dense)
+    arch = architecture(config)
     parallel = recipe.hardware.tensor_parallel
     uniform = tuple(uniform_widths(arch, recipe.prune, tensor_parallel=parallel))
     known: Known = "exact"
     pruned = possible = uniform
-    if recipe.prune.layers != "uniform":
+    if recipe.prune.layers != "uniform" or recipe.prune.depth.any:
         made = _made(recipe, dense, runs / recipe.name / "prune")
         known = "run" if made else "budget"
         pruned = made or uniform
-        possible = made or tuple(possible_widths(arch, recipe.prune, tensor_parallel=parallel))
+        if recipe.prune.layers != "uniform":
+            possible = tuple(possible_widths(arch, recipe.prune, tensor_parallel=parallel))
+        possible = made or possible
     return Plan(recipe.name, recipe.model.id, recipe.prune.ratio, recipe.prune.layers, parallel,
-                known, arch.blocks, pruned, size_figures(arch, pruned),
-                tuple(_verdicts(arch, possible, parallel, certain=known != "budget")))
+                known, arch.blocks, pruned,
+                size_figures(arch, _architecture(recipe, config, arch, pruned)),
+                tuple(_verdicts(arch, possible, parallel, certain=known != "budget")),
+                recipe.prune.depth.model_dump())
+
+
+def _architecture(recipe: Recipe, config: Mapping[str, Any], dense: Architecture,
+                  widths: Sequence[BlockWidths]) -> Architecture:
+    """The sizes of what is exported: at these widths, and with the biases of its repair."""
+    made = pruned_config(config, dense, widths)
+    if recipe.recover.method == "bias":
+        made = biased_config(made, architecture(made))
+    return architecture(made)
 
 
 def _made(recipe: Recipe, dense: Path, folder: Path) -> tuple[BlockWidths, ...] | None:

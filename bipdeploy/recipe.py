@@ -97,17 +97,34 @@ class SearchSection(Section):
                         "lie on lines between them.")
 
 
+class DepthSection(Section):
+    """Parts that leave as a whole, those with the least influence on the residual stream first."""
+
+    blocks: int = Field(0, ge=0, description="How many whole blocks are dropped.")
+    attention: int = Field(0, ge=0, description="How many more attentions are dropped.")
+    ffn: int = Field(0, ge=0, description="How many more FFNs are dropped.")
+
+    @property
+    def any(self) -> bool:
+        return bool(self.blocks or self.attention or self.ffn)
+
+
 class PruneSection(Section):
     """How much is removed, and where."""
 
     ratio: Share = Field(description="Share of the parameters of all blocks that is removed "
                          "(protected blocks count in the total, embeddings do not).")
-    layers: Literal["uniform", "global", "searched"] = Field(
+    layers: Literal["uniform", "global", "adaptive", "searched"] = Field(
         "uniform", description="`uniform`: every unprotected block gets the same widths, and "
-        "without protected blocks the result is a stock checkpoint. `global`: groups of all "
-        "blocks compete, and widths differ by block. `searched`: widths by block, split between "
-        "heads and FFN so that the model's output changes least.")
+        "without protected blocks the result is a stock checkpoint. `global`: heads of all blocks "
+        "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
+        "channels, in one ranking (FLAP's). `searched`: widths by block, split between heads and "
+        "FFN so that the model's output changes least.")
     search: SearchSection = Field(default_factory=SearchSection)
+    depth: DepthSection = Field(
+        default_factory=DepthSection, description="What is dropped before widths meet the rest of "
+        "the ratio. Protected blocks are spared. With heads and ffn both false, depth alone has "
+        "to meet the ratio to within one dropped part.")
     protect: ProtectSection = Field(default_factory=ProtectSection)
     round_to: PositiveInt = Field(
         128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "
@@ -116,10 +133,17 @@ class PruneSection(Section):
     ffn: bool = Field(True, description="Prune FFN channels.")
 
     @model_validator(mode="after")
+    def _one_search(self) -> PruneSection:
+        if self.layers == "searched" and self.depth.any:
+            raise ValueError("layers: searched chooses widths for all parts, and depth drops some "
+                             "of them; set depth to 0, or layers to uniform, global or adaptive")
+        return self
+
+    @model_validator(mode="after")
     def _something(self) -> PruneSection:
-        if not (self.heads or self.ffn):
-            raise ValueError("heads and ffn are both false, so nothing can be pruned; "
-                             "set one to true")
+        if not (self.heads or self.ffn or self.depth.any):
+            raise ValueError("heads and ffn are both false and depth drops nothing, so nothing "
+                             "can be pruned; set one to true")
         return self
 
 
@@ -134,9 +158,10 @@ class RefitSection(Section):
 class RecoverSection(Section):
     """Repair after slicing."""
 
-    method: Literal["none", "refit"] = Field(
+    method: Literal["none", "refit", "bias"] = Field(
         "refit", description="`refit`: solve both output projections of each block in closed form, "
-        "in sequence. `none`: leave the sliced weights as they are.")
+        "in sequence. `bias`: the mean output of what was removed becomes a bias (FLAP's repair), "
+        "which adds parameters. `none`: leave the sliced weights as they are.")
     refit: RefitSection = Field(default_factory=RefitSection)
 
 

@@ -1,4 +1,4 @@
-"""Closed-form repair: refit the two output projections of a block to the dense block's outputs.
+"""Closed-form repair of a block's two output projections: new weights, or a bias.
 
 Shapes: N tokens, K kept inputs of a projection, D hidden size.
 """
@@ -52,3 +52,30 @@ class RidgeProblem:
         step_KD = (weight_DK.double() - self.start_DK.double()).T
         return self.before + float((step_KD * (self.gram_KK @ step_KD)).sum()
                                    - 2 * (step_KD * self.cross_KD).sum())
+
+
+@dataclass
+class MeanShift:
+    """The bias that keeps a projection's mean output when some of its inputs leave.
+
+    W[:, gone] mean_t(X[:, gone]), as in FLAP (arXiv 2312.11983). Taken as the difference of the
+    whole and the sliced projection on their own inputs, of which the kept ones are the same.
+    """
+
+    whole_DK: torch.Tensor
+    sliced_DK: torch.Tensor
+    tokens: int = 0
+    sums: list[torch.Tensor] = field(default_factory=list)  # of the inputs: whole [K], sliced [K]
+
+    def see(self, whole_NK: torch.Tensor, sliced_NK: torch.Tensor) -> None:
+        """Take in a batch: the inputs of both projections on the same tokens."""
+        seen = [x.flatten(0, -2).double() for x in (whole_NK, sliced_NK)]
+        self.tokens += len(seen[0])
+        sums = [x.sum(0) for x in seen]
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)] if self.sums else sums
+
+    def bias(self) -> torch.Tensor:
+        """What to add to the bias [D], in float64."""
+        whole, sliced = (weight.double() @ total for weight, total in
+                         zip((self.whole_DK, self.sliced_DK), self.sums, strict=True))
+        return (whole - sliced) / self.tokens

@@ -57,6 +57,9 @@ def show_plan(plan: Plan) -> None:
     if plan.known == "budget":
         console.out.print("Widths depend on scores: they are known once score and prune have run. "
                           "Until then\nthe sizes are those of uniform widths at the same budget.\n")
+        if any(plan.dropped.values()):
+            console.out.print("So does which parts are dropped. The first unprotected ones stand "
+                              "in for them here.\n")
         blocks["uniform"] = blocks.pop("pruned")
     for label, widths in blocks.items():
         for number, line in enumerate(described(widths)):

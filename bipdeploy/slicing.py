@@ -40,6 +40,28 @@ def slice_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: 
     return sliced
 
 
+def add_biases(tensors: Mapping[str, torch.Tensor], arch: Architecture,
+               added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A block's tensors with `added` [D] on the biases of o_proj and down_proj, by tensor name.
+
+    Every bias that `arch` has and the block lacks is written: what nothing is added to is zero.
+    """
+    biased = dict(tensors)
+    for part, present in (("self_attn.q_proj", arch.qkv_bias), ("self_attn.k_proj", arch.qkv_bias),
+                          ("self_attn.v_proj", arch.qkv_bias),
+                          ("self_attn.o_proj", arch.output_bias),
+                          ("mlp.gate_proj", arch.ffn_bias), ("mlp.up_proj", arch.ffn_bias),
+                          ("mlp.down_proj", arch.down_bias)):
+        weight, name = tensors.get(f"{part}.weight"), f"{part}.bias"
+        if weight is None or not present:
+            continue
+        bias = tensors.get(name, weight.new_zeros(len(weight)))
+        if name in added:
+            bias = (bias.double() + added[name].cpu()).to(weight.dtype)
+        biased[name] = bias
+    return biased
+
+
 def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: int,
                kept: Kept) -> dict[str, torch.Tensor]:
     """The same choice at full width: columns of o and down of the groups that leave are zero.

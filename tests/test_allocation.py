@@ -149,7 +149,7 @@ def arch(request) -> Architecture:
     return ARCHITECTURES[request.param]
 
 
-@pytest.fixture(scope="module", params=["uniform", "global"])
+@pytest.fixture(scope="module", params=["uniform", "global", "adaptive"])
 def layers(request) -> str:
     return request.param
 

@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, ...]] = [
      "tasks"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
-    ("criteria.", "divisibility", "allocation", "search", "slicing", "refit", "exporters",
+    ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit", "exporters",
      "exporters.", "ort", "ort.", "evaluation", "evaluation.", "measuring", "measuring.",
      "serving", "serving.", "templates"),
     ("stages", "stages.", "summary"),
@@ -31,7 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
          "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
-         "sources", "figures", "summary", "screens", "families", "divisibility", "allocation",
+         "sources", "figures", "summary", "screens", "families", "divisibility", "depth", "allocation",
          "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
          "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
          "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",

@@ -263,13 +263,13 @@ def test_the_residual_term_alone_is_exact_in_a_block_without_ffn(tiny, tmp_path)
 
 def test_agreement_of_bound_and_measurement_is_reported(variant):
     walker = walk(variant)
-    _, agreement = score_blocks(walker, windows(), recipe(variant, propagation="measured"))
+    agreement = score_blocks(walker, windows(), recipe(variant, propagation="measured")).agreement
     assert [entry["block"] for entry in agreement] == list(range(len(walker)))
     for entry in agreement:
         assert -1 <= entry["rank_correlation"] <= 1
         assert 0 <= entry["measured_above_bound"] <= walker.architecture.blocks[0].kv_heads
         assert entry["mean_ratio"] > 0
-    assert score_blocks(walker, windows(), recipe(variant))[1] == []
+    assert score_blocks(walker, windows(), recipe(variant)).agreement == []
 
 
 @pytest.mark.parametrize(("a", "b", "expected"), [
@@ -357,7 +357,8 @@ def test_every_criterion_scores_every_group(variant, criterion):
         assert (len(found.heads), len(found.ffn)) == (widths.kv_heads, widths.intermediate)
         for values in found:
             assert values.dtype == torch.float64
-            assert bool((values.isfinite() & (values >= 0)).all())
+            assert bool(values.isfinite().all())
+            assert CRITERIA[criterion].one_scale or bool((values >= 0).all())
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -415,14 +416,16 @@ def pruned(source: Path, folder: Path, scores: list[Scores], layers: str, compar
 
 
 @pytest.mark.parametrize(("criterion", "propagation"), [
-    ("llm_bip", "bound"), ("llm_bip", "measured"), ("wanda_sp", "bound"), ("magnitude", "bound")])
+    ("llm_bip", "measured"), *((name, "bound") for name in CRITERIA if name != "random")])
 def test_a_permuted_model_is_scored_and_pruned_the_same(variant, tmp_path, criterion, propagation):
     groups, channels = shuffled(variant, tmp_path / "shuffled")
     plain = scores_of(variant, criterion, propagation)
     moved = scores_of(tmp_path / "shuffled", criterion, propagation)
     for index, (a, b) in enumerate(zip(plain, moved, strict=True)):
-        torch.testing.assert_close(a.heads[groups[index]], b.heads, rtol=1e-4, atol=0)
-        torch.testing.assert_close(a.ffn[channels[index]], b.ffn, rtol=1e-4, atol=0)
+        # Standardised scores, and sums of terms of both signs, may be about zero.
+        near = 1e-5 * float(a.ffn.abs().mean()) if criterion != "llm_bip" else 0
+        torch.testing.assert_close(a.heads[groups[index]], b.heads, rtol=1e-4, atol=near)
+        torch.testing.assert_close(a.ffn[channels[index]], b.ffn, rtol=1e-4, atol=near)
     ids, comparable = token_windows(2, TOKENS, seed=1), CRITERIA[criterion].comparable
     for layers in ("uniform", "global"):
         expected = logits(pruned(variant, tmp_path / f"a-{layers}", plain, layers, comparable), ids)

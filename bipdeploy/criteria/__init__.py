@@ -21,14 +21,17 @@ class Criterion:
     """A row of the table.
 
     `function` is "module:name" below bipdeploy.criteria. `needs` names the statistics that the
-    walk has to collect. `comparable`: scores of different blocks are on one scale; where false,
-    a global ranking standardises them within each block first.
+    walk has to collect; with `gradients` there is a second walk, backwards.
+    `comparable`: scores of different blocks are on one scale; where false, a global ranking
+    standardises them within each block first. `one_scale`: those of heads and of channels are on
+    one scale too.
     """
 
     function: str
     needs: frozenset[str]
     comparable: bool
     source: str
+    one_scale: bool = False
 
     def statistics(self, propagation: str) -> frozenset[str]:
         """What the walk collects under a propagation; measuring is LLM-BIP's own extra."""
@@ -45,6 +48,16 @@ CRITERIA: dict[str, Criterion] = {
                          True, "LLM-BIP, arXiv 2412.06419"),
     "wanda_sp": Criterion("baselines:wanda_sp", frozenset({"energy"}), False,
                           "arXiv 2306.11695, in the structured form of arXiv 2312.11983"),
+    "flap": Criterion("flap:wifv", frozenset({"moments"}), True,
+                      "FLAP (WIFV), arXiv 2312.11983", one_scale=True),
+    "flap_ifv": Criterion("flap:ifv", frozenset({"moments"}), True,
+                          "FLAP (IFV), arXiv 2312.11983", one_scale=True),
+    "flap_wifn": Criterion("flap:wifn", frozenset({"energy"}), True,
+                           "FLAP (WIFN), arXiv 2312.11983", one_scale=True),
+    "taylor": Criterion("taylor:elements", frozenset({"gradients"}), True,
+                        "LLM-Pruner (element-wise), arXiv 2305.11627"),
+    "taylor_vector": Criterion("taylor:vectors", frozenset({"gradients"}), True,
+                               "LLM-Pruner (vector-wise), arXiv 2305.11627"),
     "magnitude": Criterion("baselines:magnitude", frozenset(), False,
                            "L2 norm of the coupled weights"),
     "random": Criterion("baselines:random", frozenset(), True, "uniform draws from the seed"),

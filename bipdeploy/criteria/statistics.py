@@ -6,10 +6,12 @@ F FFN channels. A group's inputs to o_proj are its q*E columns, side by side.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cosine_similarity
 
 from bipdeploy.blocks import Block
 
@@ -29,9 +31,11 @@ class Statistics:
     """Sums over all calibration tokens of a block, float64 except the Gram matrices (float32).
 
     z_energy [G*q*E] and h_energy [F]: sums of squares of the inputs of o_proj and down_proj.
+    z_sum, z_square, h_sum, h_square: sums and sums of squares, exact enough for variances.
     z_gram [G, q*E, q*E]: sum of z z'; z_gram_scaled: the same over mean(u^2) of each token.
     up_energy, gate_energy [F]: sums of squares of up and silu(gate). output_energy: of y.
     measured [G]: sums of squares of the change of y when the group is removed.
+    similarity [3]: sums of the cosines of x and u, of u and y, and of x and y.
     """
 
     groups: int
@@ -43,11 +47,24 @@ class Statistics:
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def _add_moments(self, prefix: str, x: torch.Tensor) -> None:
+        x = x.double()  # in float32 a variance far below the mean's square would drown
+        self._add(f"{prefix}_sum", x.sum(0))
+        self._add(f"{prefix}_square", x.square().sum(0))
+
+    def variance(self, prefix: str) -> torch.Tensor:
+        """Unbiased variance over all tokens of the inputs of o_proj (`z`) or down_proj (`h`)."""
+        mean = self.sums[f"{prefix}_sum"] / self.tokens
+        centred = self.sums[f"{prefix}_square"] - self.tokens * mean.square()
+        return centred.clamp_min(0) / max(self.tokens - 1, 1)
+
     def see_attention(self, z: torch.Tensor, u: torch.Tensor) -> None:
         """Take in a batch of o_proj's inputs z [.., G*q*E] and attention outputs u [.., D]."""
         z = z.flatten(0, -2).float()
         if "energy" in self.needs:
             self._add("z_energy", z.square().sum(0).double())
+        if "moments" in self.needs:
+            self._add_moments("z", z)
         if "gram" in self.needs:
             z_G = z.view(len(z), self.groups, -1).transpose(0, 1)
             inverse_rms = (u.flatten(0, -2).float().square().mean(-1) + self.eps).rsqrt()
@@ -60,6 +77,8 @@ class Statistics:
         gate, up = gate.flatten(0, -2).float(), up.flatten(0, -2).float()
         if "energy" in self.needs:
             self._add("h_energy", (gate * up).square().sum(0).double())
+        if "moments" in self.needs:
+            self._add_moments("h", gate * up)
         if "ffn_parts" in self.needs:
             self._add("gate_energy", gate.square().sum(0).double())
             self._add("up_energy", up.square().sum(0).double())
@@ -69,6 +88,20 @@ class Statistics:
         self.tokens += y.numel() // y.shape[-1]
         if "output" in self.needs:
             self._add("output_energy", y.float().square().sum().double())
+
+    def see_flow(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> None:
+        """Take in a batch of block inputs, attention outputs and block outputs, all [.., D]."""
+        x, u, y = x.float(), u.float(), y.float()
+        self._add("similarity", torch.stack([
+            cosine_similarity(a, b, dim=-1).double().sum() for a, b in ((x, u), (u, y), (x, y))]))
+
+    def influence(self) -> torch.Tensor:
+        """1 - mean cosine of input and output of the attention, the FFN, the whole block: [3].
+
+        Block influence of ShortGPT (arXiv 2403.03853); taken of the parts, each with its norm and
+        residual, as in "What matters in transformers" (arXiv 2406.15786).
+        """
+        return (1 - self.sums["similarity"] / self.tokens).clamp_min(0).cpu()
 
     def see_measured(self, energy: torch.Tensor) -> None:
         """Take in the change of a batch's output by removing each group: sums of squares [G]."""
@@ -88,6 +121,7 @@ class BlockView:
     channels: int
     propagation: str
     generator: torch.Generator
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by weight, float32
 
     def grouped_output(self) -> torch.Tensor:
         """o_proj's weight by group: [G, D, q*E], float32."""

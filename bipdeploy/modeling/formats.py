@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bipdeploy.families import PER_BLOCK_PREFIX, Architecture, BlockWidths
+from bipdeploy.families import OUTPUT_BIAS, PER_BLOCK_PREFIX, Architecture, BlockWidths
 
 CODE_FILE = "modeling_bipdeploy.py"
 ZERO_ATTENTION = "zero_attention"  # key of the blocks whose attention is there, and all zeros
@@ -32,15 +32,31 @@ def pruned_config(source: Mapping[str, Any], arch: Architecture,
     kept |= {"head_dim": arch.head_dim, "max_position_embeddings": arch.max_positions}
     family = arch.family.model_type
     first = blocks[0]
-    if len(set(blocks)) == 1 and first.heads and first.intermediate:
+    if len(set(blocks)) == 1 and first.heads and first.intermediate and not kept.get(OUTPUT_BIAS):
         widths = _sizes(first)
         if family != "llama" or arch.hidden % first.heads == 0:
             return {**kept, **widths, "model_type": family,
                     "architectures": [f"{arch.family.class_prefix}ForCausalLM"]}
-        if not (arch.qkv_bias or arch.ffn_bias):
+        if not (arch.qkv_bias or arch.ffn_bias):  # which Mistral does not have
             return {**kept, **widths, "model_type": "mistral", "sliding_window": None,
                     "architectures": ["MistralForCausalLM"]}
     return {**kept, **_per_block(blocks), **_class_names(arch)}
+
+
+def biased_config(source: Mapping[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The `config.json` of the same model with a bias on every o_proj and down_proj.
+
+    A stock LLaMA stays one: it has switches for biases of all its projections, and the other
+    projections then have them too. Every other model gets the per-block format, which has a key
+    for these two alone.
+    """
+    if arch.output_bias and arch.down_bias:
+        return dict(source)
+    if source["model_type"] == "llama":
+        return {**source, "attention_bias": True, "mlp_bias": True}
+    kept = {k: v for k, v in source.items() if k not in _REPLACED}
+    return {**kept, "head_dim": arch.head_dim, OUTPUT_BIAS: True, **_per_block(arch.blocks),
+            **_class_names(arch)}
 
 
 def vllm_config(config: Mapping[str, Any], arch: Architecture,

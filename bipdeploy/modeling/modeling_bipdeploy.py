@@ -4,6 +4,7 @@ This file is shipped beside the weights of such a checkpoint, so it imports noth
 widths are in the `per_layer_config` of `config.json`, which transformers reads itself; here are
 the classes that build from it. Each block may have its own `num_attention_heads`,
 `num_key_value_heads` and `intermediate_size`, or `skip` its "attention" or "mlp" altogether.
+With `output_bias` every o_proj and down_proj has a bias, whatever the family's own have.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -24,6 +25,10 @@ class PerBlockLayer:
         self.layer_idx = layer_idx
         # The shared config: changing the attention implementation must reach every block.
         self.self_attn.config = config
+        if config.output_bias:
+            for part, name in ((self.self_attn, "o_proj"), (self.mlp, "down_proj")):
+                stock = getattr(part, name)
+                setattr(part, name, nn.Linear(stock.in_features, stock.out_features, bias=True))
         if "attention" in skipped:
             self.self_attn = self.input_layernorm = None
         if "mlp" in skipped:
@@ -60,6 +65,7 @@ def _family(prefix, configs, models):
     class Config(getattr(configs, f"{prefix}Config")):
         model_type = f"bipdeploy_{prefix.lower()}"
         head_dim: int | None = None
+        output_bias: bool = False
 
         def validate_architecture(self):
             """Heads need not divide the hidden size: `head_dim` is explicit."""

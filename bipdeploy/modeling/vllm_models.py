@@ -17,6 +17,7 @@ from vllm.model_executor.models.qwen2 import Qwen2Model
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer
 from vllm.model_executor.models.utils import extract_layer_index
 
+from bipdeploy.families import OUTPUT_BIAS
 from bipdeploy.modeling.formats import ZERO_ATTENTION
 
 
@@ -26,7 +27,14 @@ class PerBlockLayer:
     self_attn: Any
     mlp: Any
 
-    def _remove_parts(self, config: Any, own: Any, prefix: str) -> None:
+    def _adapt(self, config: Any, own: Any, prefix: str) -> None:
+        """Remove the parts that are skipped, and give the others their output biases."""
+        if getattr(config, OUTPUT_BIAS, False):
+            for projection in (self.self_attn.o_proj, self.mlp.down_proj):
+                if projection.bias is None:
+                    weight = projection.weight
+                    projection.bias = torch.nn.Parameter(
+                        weight.new_zeros(projection.output_size), requires_grad=False)
         skipped = set(getattr(own, "skip", None) or ())
         if "attention" in skipped or extract_layer_index(prefix) in _zero_attention(config):
             # Building the attention registered a KV cache for it.
@@ -70,7 +78,7 @@ class PerBlockLlamaLayer(PerBlockLayer, LlamaDecoderLayer):
         config = config or vllm_config.model_config.hf_config
         own = _own(config, prefix)
         LlamaDecoderLayer.__init__(self, vllm_config, prefix, own)
-        self._remove_parts(config, own, prefix)
+        self._adapt(config, own, prefix)
 
 
 class PerBlockQwen2Layer(PerBlockLlamaLayer):
@@ -88,7 +96,7 @@ class PerBlockQwen3Layer(PerBlockLayer, Qwen3DecoderLayer):
                  prefix: str = ""):
         own = _own(config, prefix)
         Qwen3DecoderLayer.__init__(self, own, cache_config, quant_config, prefix)
-        self._remove_parts(config, own, prefix)
+        self._adapt(config, own, prefix)
 
 
 class PerBlockForCausalLM(LlamaForCausalLM):

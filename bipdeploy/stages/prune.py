@@ -18,7 +18,7 @@ from bipdeploy.families import Architecture, BlockWidths, architecture, size_fig
 from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.job import Job
-from bipdeploy.stages.score import SUMMARY, read_scores
+from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
 
 KEPT = "kept.json"
 
@@ -34,14 +34,16 @@ def run(job: Job) -> None:
         raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
-    parallel = job.recipe.hardware.tensor_parallel
+    section = job.recipe.prune
     details: dict[str, Any] = {}
-    if job.recipe.prune.layers == "searched":
+    if section.layers == "searched":
         widths, details = searched(job, arch, scores)
         kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     else:
-        widths, kept = allocate(arch, job.recipe.prune, scores, comparable=summary["comparable"],
-                                tensor_parallel=parallel)
+        influence = read_influence(job.inputs["score"]) if section.depth.any else None
+        widths, kept = allocate(arch, section, scores, comparable=summary["comparable"],
+                                one_scale=summary.get("one_scale", False), influence=influence,
+                                tensor_parallel=job.recipe.hardware.tensor_parallel)
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
@@ -53,12 +55,15 @@ def run(job: Job) -> None:
                        f"model.layers.{index}.")
             job.reporter.advance()
     job.write(KEPT, {
-        "ratio": job.recipe.prune.ratio, "layers": job.recipe.prune.layers, **details,
+        "ratio": section.ratio, "layers": section.layers, **details,
         "model_type": config["model_type"],
+        "dropped": {part: [i for i, (dense, own) in enumerate(zip(arch.blocks, widths, strict=True))
+                           if getattr(dense, width) and not getattr(own, width)]
+                    for part, width in (("attention", "kv_heads"), ("ffn", "intermediate"))},
         "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})
-    job.write_figures(size_figures(arch, widths))
+    job.write_figures(size_figures(arch, architecture(config)))
 
 
 def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]

@@ -10,7 +10,10 @@ import torch
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import CheckpointWriter
-from bipdeploy.refit import RidgeProblem
+from bipdeploy.families import architecture, size_figures
+from bipdeploy.modeling.formats import biased_config
+from bipdeploy.refit import MeanShift, RidgeProblem
+from bipdeploy.slicing import add_biases
 from bipdeploy.stages.job import Job
 
 
@@ -51,7 +54,7 @@ def refit(job: Job) -> dict[str, Any]:
             stored = source.block(index)
             x_dense, x_pruned, record = refit_block(
                 dense.block(index, tokens), block, x_dense, x_pruned, ridge,
-                next(iter(stored.values())).dtype)
+                next((t.dtype for t in stored.values()), pruned.dtype))
             for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
                 module, key = getattr(block.layer, part), f"{part}.{name}.weight"
                 if module is not None:
@@ -99,6 +102,77 @@ def refit_block(dense: Block, pruned: Block, x_dense: list[torch.Tensor],
     return y_dense, y_pruned, {"error_before": before, "error_after": after}
 
 
+@torch.no_grad()
+def bias(job: Job) -> dict[str, Any]:
+    """The mean output of what was removed, as biases of both output projections: FLAP's repair.
+
+    In one shot, as FLAP does: means are those of the dense model. It adds parameters, which the
+    sizes count. A part that was removed as a whole has no projection to hold a bias.
+    """
+    dense = BlockWalker(job.inputs["dense"], job.recipe.model)
+    pruned = BlockWalker(job.inputs["sliced"], job.recipe.model)
+    job.reporter.total(len(dense), "blocks")
+    windows, provenance = calibration_batches(
+        job.recipe, job.inputs["dense"], dense.architecture.max_positions)
+    tokens, hidden = windows[0].shape[1], dense.embed(windows)
+    source = pruned.checkpoint
+    config = biased_config(source.config, pruned.architecture)
+    arch = architecture(config)
+    errors = []
+    with CheckpointWriter(job.out / "model", config, source.folder) as writer:
+        writer.add(source.tensors(source.outside_blocks()))
+        for index in range(len(dense)):
+            hidden, added, record = bias_block(
+                dense.block(index, tokens), pruned.block(index, tokens), hidden)
+            writer.add(add_biases(source.block(index), arch, added), f"model.layers.{index}.")
+            errors.append({"block": index, **record})
+            job.reporter.advance()
+    job.write_figures(size_figures(dense.architecture, arch))
+    return {"calibration": provenance, "blocks": errors}
+
+
+def bias_block(dense: Block, pruned: Block, hidden: list[torch.Tensor]
+               ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
+    """Add biases to a pruned block in place; hidden: the dense block's inputs, as [B, T, D].
+
+    Returns the dense block's outputs, what was added by tensor name, and the relative squared
+    error of the pruned block's outputs on these inputs before and after.
+    """
+    unrepaired = [pruned(x) for x in hidden]
+    added, u_dense = {}, hidden
+    if dense.has_attention:
+        attended = [dense.attention(x) for x in hidden]
+        u_dense = [a.u for a in attended]
+        if pruned.has_attention:
+            added["self_attn.o_proj.bias"] = _shift(
+                dense.output, pruned.output, [a.z for a in attended],
+                [pruned.attention(x).z for x in hidden])
+    y_dense = u_dense
+    if dense.has_ffn:
+        whole = [gate * up for gate, up in map(dense.ffn_parts, u_dense)]
+        y_dense = [u + dense.down(h) for u, h in zip(u_dense, whole, strict=True)]
+        if pruned.has_ffn:
+            added["mlp.down_proj.bias"] = _shift(
+                dense.down, pruned.down, whole,
+                [gate * up for gate, up in map(pruned.ffn_parts, u_dense)])
+    repaired = [pruned(x) for x in hidden]
+    energy = sum(float(y.double().square().sum()) for y in y_dense)
+    return y_dense, added, {"error_before": _squared_error(unrepaired, y_dense) / energy,
+                            "error_after": _squared_error(repaired, y_dense) / energy}
+
+
+def _shift(whole: torch.nn.Linear, sliced: torch.nn.Linear, inputs: list[torch.Tensor],
+           kept: list[torch.Tensor]) -> torch.Tensor:
+    """Add the mean output of the inputs that are gone to the bias, in place; returns it."""
+    shift = MeanShift(whole.weight, sliced.weight)
+    for whole_input, sliced_input in zip(inputs, kept, strict=True):
+        shift.see(whole_input, sliced_input)
+    added = shift.bias()
+    old = 0.0 if sliced.bias is None else sliced.bias
+    sliced.bias = torch.nn.Parameter((old + added).to(sliced.weight.dtype))
+    return added
+
+
 def _solve(projection: torch.nn.Linear, inputs: list[torch.Tensor], targets: list[torch.Tensor],
            ridge: float, stored: torch.dtype) -> None:
     """Refit a projection in place, its bias left as it is, rounded to the stored type."""
@@ -114,4 +188,5 @@ def _squared_error(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return sum(float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True))
 
 
-METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {"none": nothing, "refit": refit}
+METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "none": nothing, "refit": refit, "bias": bias}

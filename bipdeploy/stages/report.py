@@ -86,7 +86,9 @@ def _importance(job: Job, collected: dict[str, Any]) -> bytes:
                 shown = [v for i, v in enumerate(values) if (i in staying) is chosen]
                 axis.scatter([index + (0 if chosen else 0.25)] * len(shown), shown, marker=marker,
                              s=9, alpha=0.5, color=colour, linewidths=0.8)
-        axis.set(title=f"{title} (x: removed)", xlabel="block", yscale="log")
+        lowest = min((v for block in scores for v in getattr(block, part)), default=0)
+        axis.set(title=f"{title} (x: removed)", xlabel="block",
+                 yscale="log" if lowest > 0 else "linear")
     return _png(figure)
 
 

@@ -1,8 +1,10 @@
-"""Stage `score`: one walk over the calibration windows, a score for every group."""
+"""Stage `score`: a walk over the calibration windows, a score for every group."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -12,8 +14,10 @@ from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import opened
 from bipdeploy.criteria import CRITERIA
+from bipdeploy.criteria.gradients import blocks_backwards
 from bipdeploy.criteria.llm_bip import head_bound, measured_change, rank_correlation
 from bipdeploy.criteria.statistics import BlockView, Scores, Statistics
+from bipdeploy.depth import Influence
 from bipdeploy.errors import InputError
 from bipdeploy.recipe import Recipe
 from bipdeploy.stages.job import Job
@@ -21,57 +25,109 @@ from bipdeploy.stages.job import Job
 SCORES, SUMMARY = "scores.safetensors", "scores.json"
 
 
+class Walked(NamedTuple):
+    """What a walk found, by block.
+
+    agreement: how LLM-BIP's bound ranks beside the measurement, where heads were measured.
+    influence: of the attention, the FFN and the whole block on the residual stream, [3].
+    """
+
+    scores: list[Scores]
+    agreement: list[dict[str, float]]
+    influence: list[torch.Tensor]
+
+
 def run(job: Job) -> None:
-    """Write `scores.safetensors` (block.N.heads, block.N.ffn) and `scores.json`."""
+    """Write `scores.safetensors` (block.N.heads, .ffn, .influence) and `scores.json`."""
     recipe = job.recipe
+    criterion = CRITERIA[recipe.score.criterion]
     walker = BlockWalker(job.inputs["dense"], recipe.model)
-    job.reporter.total(len(walker), "blocks")
+    job.reporter.total(len(walker) * (2 if "gradients" in criterion.needs else 1), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
-    scores, agreement = score_blocks(walker, windows, recipe, job)
+    walked = score_blocks(walker, windows, recipe, job)
     tensors: dict[str, torch.Tensor] = {}
-    for index, (heads, ffn) in enumerate(scores):
-        tensors |= {f"block.{index}.heads": heads, f"block.{index}.ffn": ffn}
+    for index, ((heads, ffn), influence) in enumerate(
+            zip(walked.scores, walked.influence, strict=True)):
+        tensors |= {f"block.{index}.heads": heads, f"block.{index}.ffn": ffn,
+                    f"block.{index}.influence": influence}
     save_file(tensors, job.out / SCORES)
     job.write(SUMMARY, {
         "criterion": recipe.score.criterion, "propagation": recipe.score.propagation,
-        "comparable": CRITERIA[recipe.score.criterion].comparable,
-        "source": CRITERIA[recipe.score.criterion].source,
-        "calibration": provenance, "bound_against_measured": agreement})
+        "comparable": criterion.comparable, "one_scale": criterion.one_scale,
+        "source": criterion.source,
+        "calibration": provenance, "bound_against_measured": walked.agreement})
 
 
 @torch.no_grad()
 def score_blocks(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe,
-                 job: Job | None = None) -> tuple[list[Scores], list[dict[str, float]]]:
-    """Scores of every block, and per block how LLM-BIP's bound ranks beside the measurement.
+                 job: Job | None = None) -> Walked:
+    """Scores and influence of every block; a criterion that needs gradients walks back too."""
+    inputs: list[list[torch.Tensor]] = []
+    walked = _forwards(walker, windows, recipe, job, inputs)
+    if inputs:
+        walked.scores.extend(_backwards(walker, windows, recipe, job, inputs))
+    return walked
 
-    The second list is empty unless the heads were measured.
-    """
+
+def _forwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, job: Job | None,
+              inputs: list[list[torch.Tensor]]) -> Walked:
+    """The walk that collects statistics. What a walk back reads goes to `inputs`, on the CPU."""
     criterion = CRITERIA[recipe.score.criterion]
     function, needs = criterion.load(), criterion.statistics(recipe.score.propagation)
     generator = torch.Generator().manual_seed(recipe.seed)
-    hidden = walker.embed(windows)
-    scores, agreement = [], []
+    hidden, walked = walker.embed(windows), Walked([], [], [])
     for index, block in enumerate(walker.blocks(windows[0].shape[1])):
         widths = walker.architecture.blocks[index]
+        if "gradients" in needs:
+            inputs.append([x.cpu() for x in hidden])
         statistics = Statistics(widths.kv_heads, needs, walker.config.rms_norm_eps)
         hidden = [_see(block, x, statistics) for x in hidden]
+        walked.influence.append(statistics.influence())
         view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
                          recipe.score.propagation, generator)
-        scores.append(function(view))
-        for kind, values in zip(("heads", "FFN channels"), scores[-1], strict=True):
-            if not torch.isfinite(values).all():
-                raise InputError(f"the scores of block {index}'s {kind} are not finite in "
-                                 f"{walker.dtype}; set model.dtype to float32")
+        if "gradients" not in needs:
+            walked.scores.append(_finite(function(view), index, walker))
         if "measured" in needs and block.has_attention:
-            bound, measured = head_bound(view), (statistics["measured"] / statistics.tokens).sqrt()
-            agreement.append({
-                "block": index, "rank_correlation": rank_correlation(bound, measured),
-                "measured_above_bound": int((measured > bound).sum()),
-                "mean_ratio": float((bound / measured.clamp_min(1e-30)).mean())})
+            walked.agreement.append(_agreement(view, index))
         if job is not None:
             job.reporter.advance()
-    return scores, agreement
+    if "gradients" in needs:
+        inputs.append([x.cpu() for x in hidden])
+    return walked
+
+
+def _backwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, job: Job | None,
+               inputs: list[list[torch.Tensor]]) -> list[Scores]:
+    """Scores by block of a criterion that needs gradients."""
+    function, found = CRITERIA[recipe.score.criterion].load(), []
+    for index, block, gradients in blocks_backwards(walker, windows, inputs):
+        widths = walker.architecture.blocks[index]
+        view = BlockView(block, None, widths.kv_heads, widths.intermediate,
+                         recipe.score.propagation, torch.Generator(), gradients)
+        found.append(_finite(function(view), index, walker))
+        if job is not None:
+            job.reporter.advance()
+    return found[::-1]
+
+
+def _finite(scores: Scores, index: int, walker: BlockWalker) -> Scores:
+    """The scores. Raises InputError where one is NaN or infinite."""
+    for kind, values in zip(("heads", "FFN channels"), scores, strict=True):
+        if not torch.isfinite(values).all():
+            raise InputError(f"the scores of block {index}'s {kind} are not finite in "
+                             f"{walker.dtype}; set model.dtype to float32")
+    return scores
+
+
+def _agreement(view: BlockView, index: int) -> dict[str, float]:
+    """How LLM-BIP's bound on a block's heads ranks beside their measured change."""
+    statistics = view.statistics
+    assert statistics is not None
+    bound, measured = head_bound(view), (statistics["measured"] / statistics.tokens).sqrt()
+    return {"block": index, "rank_correlation": rank_correlation(bound, measured),
+            "measured_above_bound": int((measured > bound).sum()),
+            "mean_ratio": float((bound / measured.clamp_min(1e-30)).mean())}
 
 
 def _see(block: Block, x: torch.Tensor, statistics: Statistics) -> torch.Tensor:
@@ -89,15 +145,33 @@ def _see(block: Block, x: torch.Tensor, statistics: Statistics) -> torch.Tensor:
         statistics.see_ffn(gate, up)
         y = u + block.down(gate * up)
     statistics.see_output(y)
+    statistics.see_flow(x, u, y)
     return y
 
 
 def read_scores(folder: Path) -> list[BlockScores]:
     """The scores that the stage wrote, by block. Raises InputError where there are none."""
+    blocks = _stored(folder)
+    return [BlockScores(blocks[f"block.{i}.heads"], blocks[f"block.{i}.ffn"])
+            for i in range(_count(blocks))]
+
+
+def read_influence(folder: Path) -> list[Influence]:
+    """The influence that the stage wrote, by block. Raises InputError where there is none."""
+    blocks = _stored(folder)
+    if "block.0.influence" not in blocks:
+        raise InputError(f"prune.depth needs the influence of every block, and the scores in "
+                         f"{folder} are older than that; score the model again")
+    return [Influence(*blocks[f"block.{i}.influence"]) for i in range(_count(blocks))]
+
+
+def _stored(folder: Path) -> dict[str, list[float]]:
     path = folder / SCORES if folder.is_dir() else folder
     if not path.is_file():
         raise InputError(f"{folder} holds no {SCORES}; give what `bipdeploy score` wrote")
     with opened(path) as file:
-        count = len({name.split(".")[1] for name in file.keys()})
-        return [BlockScores(file.get_tensor(f"block.{i}.heads").tolist(),
-                            file.get_tensor(f"block.{i}.ffn").tolist()) for i in range(count)]
+        return {name: file.get_tensor(name).tolist() for name in file.keys()}
+
+
+def _count(blocks: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in blocks})
