@@ -132,9 +132,22 @@ class PruneSection(Section):
 class RefitSection(Section):
     """Closed-form repair: ridge least squares to the dense model's block outputs."""
 
-    ridge: float = Field(
-        0.01, ge=0.0, description="Pull towards the original weights, as a share of the mean "
-        "energy of the kept inputs.")
+    ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
+        0.01, description="Pull towards the original weights, as a share of the mean energy of the "
+        "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
+        "windows best when it was fitted to the others.")
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _one_fault(cls, value: object) -> object:
+        """One line for a wrong value, where a union would give one for each of its types."""
+        try:
+            accepted = value == "auto" or 0 <= float(str(value)) < float("inf")
+        except ValueError:
+            accepted = False
+        if not accepted:
+            raise ValueError(f"{value!r} is neither a number from 0 up nor auto")
+        return value
 
 
 class RecoverSection(Section):
