@@ -316,6 +316,14 @@ class Recipe(Section):
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
 
     @model_validator(mode="after")
+    def _some_windows_are_left(self) -> Recipe:
+        if (self.recover.method == "refit" and self.recover.refit.ridge == "auto"
+                and self.calibration.samples < 2):
+            raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
+                             "calibration.samples is 1; raise it, or give a number")
+        return self
+
+    @model_validator(mode="after")
     def _onnx_is_written(self) -> Recipe:
         if self.bench.onnx.enabled and not self.export.onnx.enabled:
             raise ValueError("bench.onnx.enabled: true, and export.onnx.enabled is false, so there "

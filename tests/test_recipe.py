@@ -43,6 +43,11 @@ def sections(model: type[BaseModel] = Recipe) -> dict[str, type[BaseModel]]:
     return found
 
 
+def test_one_window_cannot_be_held_back():
+    (fault,) = faults(MINIMAL + "recover: {refit: {ridge: auto}}\ncalibration: {samples: 1}\n")
+    assert "recover.refit.ridge: auto holds calibration windows back" in fault
+
+
 # The recipes that come with the project
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)

@@ -10,7 +10,6 @@ import torch
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import CheckpointWriter
-from bipdeploy.errors import InputError
 from bipdeploy.families import architecture, size_figures
 from bipdeploy.modeling.formats import biased_config
 from bipdeploy.refit import MeanShift, RidgeProblem, best_ridge
@@ -71,12 +70,10 @@ def refit(job: Job) -> dict[str, Any]:
 def hold_back(windows: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
     """Batches of windows whose last eighth, which is the end of the text, has its own batches.
 
-    Returns the batches and how many of them are held back. Raises InputError for one window.
+    Returns the batches and how many of them are held back.
     """
     together = torch.cat(windows)
-    if len(together) < 2:
-        raise InputError("recover.refit.ridge: auto holds calibration windows back, and "
-                         "calibration.samples is 1; raise it, or give a number")
+    assert len(together) > 1  # the recipe is refused otherwise
     count = -(-len(together) // 8)
     held = together[-count:].split(len(windows[0]))
     return [*together[:-count].split(len(windows[0])), *held], len(held)
