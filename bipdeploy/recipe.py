@@ -150,9 +150,22 @@ class PruneSection(Section):
 class RefitSection(Section):
     """Closed-form repair: ridge least squares to the dense model's block outputs."""
 
-    ridge: float = Field(
-        0.01, ge=0.0, description="Pull towards the original weights, as a share of the mean "
-        "energy of the kept inputs.")
+    ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
+        0.01, description="Pull towards the original weights, as a share of the mean energy of the "
+        "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
+        "windows best when it was fitted to the others.")
+
+    @field_validator("ridge", mode="before")
+    @classmethod
+    def _one_fault(cls, value: object) -> object:
+        """One line for a wrong value, where a union would give one for each of its types."""
+        try:
+            accepted = value == "auto" or 0 <= float(str(value)) < float("inf")
+        except ValueError:
+            accepted = False
+        if not accepted:
+            raise ValueError(f"{value!r} is neither a number from 0 up nor auto")
+        return value
 
 
 class RecoverSection(Section):
@@ -348,6 +361,14 @@ class Recipe(Section):
     bench: BenchSection = Field(default_factory=BenchSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
+
+    @model_validator(mode="after")
+    def _some_windows_are_left(self) -> Recipe:
+        if (self.recover.method == "refit" and self.recover.refit.ridge == "auto"
+                and self.calibration.samples < 2):
+            raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
+                             "calibration.samples is 1; raise it, or give a number")
+        return self
 
     @model_validator(mode="after")
     def _onnx_is_written(self) -> Recipe:

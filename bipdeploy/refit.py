@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+# What `ridge: auto` chooses from.
+RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
 
 @dataclass
 class RidgeProblem:
@@ -37,6 +40,12 @@ class RidgeProblem:
         self.cross_KD += (z.T @ residual).double()
         self.before += float(residual.double().square().sum())
 
+    def absorb(self, other: RidgeProblem) -> None:
+        """Take in all that another problem with the same start has seen."""
+        self.gram_KK += other.gram_KK
+        self.cross_KD += other.cross_KD
+        self.before += other.before
+
     def solve(self, ridge: float) -> torch.Tensor:
         """The refitted weight [D, K] in float64. `ridge` is relative to the mean of diag(Z'Z)."""
         scale = self.gram_KK.diagonal().mean().clamp_min(1e-12)
@@ -52,6 +61,11 @@ class RidgeProblem:
         step_KD = (weight_DK.double() - self.start_DK.double()).T
         return self.before + float((step_KD * (self.gram_KK @ step_KD)).sum()
                                    - 2 * (step_KD * self.cross_KD).sum())
+
+
+def best_ridge(fitted: RidgeProblem, held_back: RidgeProblem) -> float:
+    """The ridge of `RIDGES` with which the weight fitted to some tokens fits the others best."""
+    return min(RIDGES, key=lambda ridge: held_back.error(fitted.solve(ridge)))
 
 
 @dataclass

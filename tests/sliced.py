@@ -12,9 +12,9 @@ from bipdeploy.allocation import Kept
 from bipdeploy.artifacts import file_hashes
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.modeling.formats import pruned_config
+from bipdeploy.modeling.formats import biased_config, pruned_config
 from bipdeploy.modeling.loading import load_model
-from bipdeploy.slicing import mask_block, slice_block
+from bipdeploy.slicing import add_biases, mask_block, slice_block
 from tests.tiny import VOCABULARY
 
 CPU = torch.device("cpu")
@@ -51,6 +51,20 @@ def write_sliced(source: Path, folder: Path, kept: list[Kept]) -> Path:
         for index, choice in enumerate(kept):
             writer.add(slice_block(dense.block(index), arch, index, choice),
                        f"model.layers.{index}.")
+    return folder
+
+
+def write_biased(source: Path, folder: Path) -> Path:
+    """The checkpoint of `source` with random biases where the repair by biases adds them."""
+    sliced = Checkpoint(source)
+    config = biased_config(sliced.config, architecture(sliced.config))
+    arch, draw = architecture(config), torch.Generator().manual_seed(0)
+    with CheckpointWriter(folder, config, source) as writer:
+        writer.add(sliced.tensors(sliced.outside_blocks()))
+        for index in range(len(arch.blocks)):
+            added = {name: torch.randn(arch.hidden, generator=draw)
+                     for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias")}
+            writer.add(add_biases(sliced.block(index), arch, added), f"model.layers.{index}.")
     return folder
 
 

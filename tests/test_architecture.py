@@ -31,9 +31,9 @@ LAYERS: list[tuple[str, ...]] = [
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
          "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
-         "sources", "figures", "summary", "screens", "families", "divisibility", "depth", "allocation",
-         "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs", "data.text",
-         "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
+         "sources", "figures", "summary", "screens", "families", "divisibility", "depth",
+         "allocation", "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs",
+         "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
          "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
          "serving.probe", "templates", "exporters", "exporters.portability", "ort",
          "ort.installed", "ort.folder", "generation")

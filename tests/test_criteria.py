@@ -435,6 +435,25 @@ def test_a_permuted_model_is_scored_and_pruned_the_same(variant, tmp_path, crite
         assert difference < 1e-5 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("layers", ["uniform", "global", "adaptive"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_every_criterion_gets_the_same_budget(variant, layers, ratio):
+    """To one rounding unit: uniform widths are equal, others meet the ratio in other blocks."""
+    arch = architecture_of(variant)
+    section = PruneSection.model_validate({"ratio": ratio, "layers": layers, "round_to": 4})
+    total = sum(arch.block_parameters(i) for i in range(3))
+    unit = 4 * arch.channel_parameters() * (3 if layers == "uniform" else 1) / total
+    found = set()
+    for name, criterion in CRITERIA.items():
+        scores = [BlockScores(s.heads.tolist(), s.ffn.tolist()) for s in scores_of(variant, name)]
+        widths, _ = allocate(arch, section, scores, comparable=criterion.comparable,
+                             one_scale=criterion.one_scale)
+        removed = 1 - sum(arch.block_parameters(i, w) for i, w in enumerate(widths)) / total
+        assert abs(removed - ratio) <= unit, name
+        found.add(removed)
+    assert len(found) == 1 or layers != "uniform"
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path, criterion):
     settings = [*short_calibration(tmp_path), f"score.criterion={criterion}", "seed=7"]

@@ -23,6 +23,7 @@ from tests.sliced import (
     loaded,
     logits,
     token_windows,
+    write_biased,
     write_sliced,
 )
 from tests.test_slicing import LAYER_TYPES
@@ -81,6 +82,13 @@ def test_a_graph_computes_what_the_sliced_model_does(name, choice, tmp_path):
 @pytest.mark.parametrize("family", LAYER_TYPES)
 def test_windows_on_some_layers_only(family, style, tmp_path):
     source = sliced(tmp_path, "per-block", family=family, **LAYER_TYPES[family])
+    assert_equal(source, exported(source, tmp_path / "onnx", style))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-gqa"])
+def test_biases_of_the_repair(name, style, tmp_path):
+    source = write_biased(sliced(tmp_path, "per-block", **VARIANTS[name]), tmp_path / "biased")
     assert_equal(source, exported(source, tmp_path / "onnx", style))
 
 

@@ -12,15 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.exporters import portability
 from bipdeploy.exporters import vllm as target
 from bipdeploy.exporters.portability import ROUTES, Question, Route
 from bipdeploy.families import architecture
 from bipdeploy.modeling import formats
 from bipdeploy.serving import engine as engines
-from bipdeploy.slicing import add_biases
-from tests.sliced import architecture_of, draw_kept, loaded, logits, token_windows, write_sliced
+from tests.sliced import (
+    architecture_of,
+    draw_kept,
+    loaded,
+    logits,
+    token_windows,
+    write_biased,
+    write_sliced,
+)
 from tests.tiny import VARIANTS, tiny_model
 
 # (KV heads as a share of the dense, FFN channels of 96) for each of four blocks.
@@ -252,15 +259,7 @@ def test_a_uniform_qwen2_with_its_own_head_size_is_served_by_the_plugin(tmp_path
     ("qwen2-gqa", UNIFORM, ("vllm.plugin",)), ("qwen3-gqa", PER_BLOCK, ("vllm.plugin",))])
 def test_vllm_adds_the_biases_of_the_repair(tmp_path, variant, shares, routes):
     sliced, _ = made(tmp_path, variant, shares)
-    source = Checkpoint(sliced)
-    config = formats.biased_config(source.config, architecture(source.config))
-    arch, draw = architecture(config), torch.Generator().manual_seed(0)
-    with CheckpointWriter(tmp_path / "biased", config, sliced) as writer:
-        writer.add(source.tensors(source.outside_blocks()))
-        for index in range(len(arch.blocks)):
-            added = {name: torch.randn(arch.hidden, generator=draw)
-                     for name in ("self_attn.o_proj.bias", "mlp.down_proj.bias")}
-            writer.add(add_biases(source.block(index), arch, added), f"model.layers.{index}.")
+    write_biased(sliced, tmp_path / "biased")
     target.write(Checkpoint(tmp_path / "biased"), tmp_path / "served", tensor_parallel=1)
     for route in routes:
         agrees(route, tmp_path / "biased", tmp_path / "served")

@@ -43,6 +43,11 @@ def sections(model: type[BaseModel] = Recipe) -> dict[str, type[BaseModel]]:
     return found
 
 
+def test_one_window_cannot_be_held_back():
+    (fault,) = faults(MINIMAL + "recover: {refit: {ridge: auto}}\ncalibration: {samples: 1}\n")
+    assert "recover.refit.ridge: auto holds calibration windows back" in fault
+
+
 # The recipes that come with the project
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
@@ -154,7 +159,10 @@ def test_a_ratio_outside_0_to_1_is_refused_with_its_line(ratio):
     ("calibration: []", "calibration"),
     ("seed: -1", "seed"),
     ("recover: {method: magic}", "recover.method"),
-    ("recover: {refit: {ridge: -0.1}}", "recover.refit.ridge"),
+    ("recover: {refit: {ridge: -0.1}}", "recover.refit.ridge: -0.1 is neither"),
+    ("recover: {refit: {ridge: none}}", "recover.refit.ridge: 'none' is neither"),
+    ("prune: {depth: {layers: 2}}", "prune.depth.layers: unknown field"),
+    ("prune: {ratio: 0.3, depth: {blocks: -1}}", "prune.depth.blocks"),
     ("evaluate: {perplexity: {windows: []}}", "evaluate.perplexity.windows"),
     ("evaluate: {perplexity: {windows: 128}}", "evaluate.perplexity.windows"),
     ("bench: {torch: {repeats: 1}}", "bench.torch.repeats"),

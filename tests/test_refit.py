@@ -13,9 +13,10 @@ from bipdeploy.artifacts import read_json
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.data import text
 from bipdeploy.recipe import ModelSection
-from bipdeploy.refit import RidgeProblem
-from bipdeploy.stages.recover import refit_block
+from bipdeploy.refit import RIDGES, RidgeProblem
+from bipdeploy.stages.recover import hold_back, refit_block
 from tests.sliced import (
     architecture_of,
     draw_kept,
@@ -276,6 +277,76 @@ def test_the_last_error_of_the_record_is_that_of_the_loaded_model(tiny, tmp_path
     last = read_json(folder / "recover.json")["blocks"][-1]
     assert relative_error([outputs[1]], [outputs[0]]) == pytest.approx(last["error_after"],
                                                                        rel=1e-3)
+
+
+# ridge: auto
+
+def test_the_last_eighth_of_the_windows_is_held_back():
+    for count, batch, held in ((16, 4, 2), (20, 8, 3), (9, 3, 2), (2, 16, 1)):
+        drawn = token_windows(count, TOKENS)
+        batches, number = hold_back(list(drawn.split(batch)))
+        assert torch.equal(torch.cat(batches), drawn)
+        assert torch.equal(torch.cat(batches[-number:]), drawn[-held:])
+        assert max(map(len, batches)) <= batch
+
+
+@torch.no_grad()
+def test_auto_takes_the_ridge_that_fits_the_held_back_windows_best(variant, tmp_path):
+    """By brute force: weights fitted to the other windows, their error on the held-back ones."""
+    kept = draw_kept(architecture_of(variant), [(1, 40), (2, 56), (1, 48)], seed=2)
+    dense, pruned = walkers(variant, write_sliced(variant, tmp_path / "sliced", kept))
+    batches, held = hold_back(list(token_windows(8, 16).split(3)))
+    x_dense, x_pruned = dense.embed(batches), pruned.embed(batches)
+    for index in range(len(dense)):
+        whole, block = dense.block(index, 16), pruned.block(index, 16)
+        start = block.output.weight.data.clone()
+        z = [block.attention(x).z.flatten(0, 1).double() for x in x_pruned]
+        bias = 0.0 if block.output.bias is None else block.output.bias.double()
+        wanted = [(whole.attention(a).u - b).flatten(0, 1).double() - bias
+                  for a, b in zip(x_dense, x_pruned, strict=True)]
+        inputs, outputs = torch.cat(z[:-held]), torch.cat(wanted[:-held])
+        errors = {}
+        for ridge in RIDGES:
+            weight = float((inputs.square().sum(0).mean() * ridge).sqrt())
+            eye = weight * torch.eye(inputs.shape[1], dtype=torch.float64)
+            solved = torch.linalg.lstsq(
+                torch.cat([inputs, eye]),
+                torch.cat([outputs, weight * start.double().T])).solution
+            errors[ridge] = float((torch.cat(z[-held:]) @ solved
+                                   - torch.cat(wanted[-held:])).square().sum())
+        x_dense, x_pruned, record = refit_block(whole, block, x_dense, x_pruned, "auto",
+                                                torch.float32, held)
+        assert record["ridge_attention"] == min(errors, key=lambda ridge: errors[ridge])
+        assert record["ridge_ffn"] in RIDGES
+
+
+def test_problems_that_saw_different_tokens_add_up():
+    found, z, target = problem()
+    parts = [RidgeProblem(found.start_DK) for _ in range(2)]
+    for part, rows in zip(parts, (slice(0, 170), slice(170, None)), strict=True):
+        part.see(z[rows].float(), target[rows].float())
+    parts[0].absorb(parts[1])
+    for ridge in (0.0, 0.1):
+        torch.testing.assert_close(parts[0].solve(ridge), found.solve(ridge), rtol=1e-4, atol=1e-5)
+    assert parts[0].before == pytest.approx(found.before)
+
+
+def test_auto_reads_no_test_text_and_records_what_it_chose(tiny, tmp_path, monkeypatch):
+    settings = [*short_calibration(tmp_path), "evaluate.perplexity.data=builtin:pydocs"]
+    pruned = api.prune(str(tiny), api.score(str(tiny), tmp_path / "score", settings),
+                       tmp_path / "prune", 0.3, ["prune.round_to=8"])
+    read, original = [], text.read
+    monkeypatch.setattr(text, "read", lambda *a: read.append(a[:2]) or original(*a))
+    folders = [api.recover(str(tiny), pruned, tmp_path / name,
+                           [*settings, f"recover.refit.ridge={ridge}"])
+               for name, ridge in (("auto", "auto"), ("fixed", 0.01))]
+    assert read == [(str(tmp_path / "words.txt"), "calibration")] * 2
+    auto, fixed = (read_json(folder / "recover.json") for folder in folders)
+    assert (auto["ridge"], fixed["ridge"]) == ("auto", 0.01)
+    for entry in auto["blocks"]:
+        assert {entry["ridge_attention"], entry["ridge_ffn"]} <= set(RIDGES)
+    assert "ridge_ffn" not in fixed["blocks"][0]
+    assert auto["calibration"] == fixed["calibration"]
 
 
 def test_method_none_leaves_the_sliced_model(tiny, tmp_path):

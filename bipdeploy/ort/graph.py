@@ -166,7 +166,7 @@ class _Writer(ABC):
                     for layer in ("gate_proj", "up_proj"))
         gated = self.n.op("Mul", gate, self.n.op("Sigmoid", gate))
         self.pending = self.n.linear(self.n.op("Mul", gated, up), stem + "mlp.", ["down_proj"],
-                                     [hidden], width, bias)
+                                     [hidden], width, self.arch.down_bias)
 
     def _head(self, hidden: ir.Value, embeddings: ir.Value) -> ir.Value:
         if not self.arch.tied:

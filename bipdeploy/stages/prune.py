@@ -21,6 +21,7 @@ from bipdeploy.stages.job import Job
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
 
 KEPT = "kept.json"
+SEARCH_RIDGE = 0.01  # of the refits that a search tries, where the recipe's own is `auto`
 
 
 def run(job: Job) -> None:
@@ -75,11 +76,13 @@ def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
     walker = BlockWalker(job.inputs["dense"], recipe.model)
     drawn, _ = calibration_batches(recipe, job.inputs["dense"], arch.max_positions)
     windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
+    ridge = recipe.recover.refit.ridge
+    ridge = SEARCH_RIDGE if ridge == "auto" else ridge
     job.reporter.total(len(arch.blocks), "blocks searched")
     curves = search.measure(
         walker, windows, scores,
         lambda block, part: search.spaced(choices(block, part), section.search.points),
-        refit=recipe.recover.refit.ridge if recipe.recover.method == "refit" else None,
+        refit=ridge if recipe.recover.method == "refit" else None,
         advance=job.reporter.advance)
     total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
     widths = search.solve(arch, curves, choices, total * (1 - section.ratio))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,7 +12,7 @@ from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import CheckpointWriter
 from bipdeploy.families import architecture, size_figures
 from bipdeploy.modeling.formats import biased_config
-from bipdeploy.refit import MeanShift, RidgeProblem
+from bipdeploy.refit import MeanShift, RidgeProblem, best_ridge
 from bipdeploy.slicing import add_biases
 from bipdeploy.stages.job import Job
 
@@ -37,12 +37,14 @@ def refit(job: Job) -> dict[str, Any]:
     refit also repairs the error that earlier blocks let through. Weights are rounded to the
     checkpoint's type before they are used: later blocks are fitted to what will be served.
     """
-    recipe, ridge = job.recipe, job.recipe.recover.refit.ridge
+    recipe, ridge, held = job.recipe, job.recipe.recover.refit.ridge, 0
     dense = BlockWalker(job.inputs["dense"], recipe.model)
     pruned = BlockWalker(job.inputs["sliced"], recipe.model)
     job.reporter.total(len(dense), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], dense.architecture.max_positions)
+    if ridge == "auto":
+        windows, held = hold_back(windows)
     tokens = windows[0].shape[1]
     x_dense, x_pruned = dense.embed(windows), pruned.embed(windows)
     errors = []
@@ -54,7 +56,7 @@ def refit(job: Job) -> dict[str, Any]:
             stored = source.block(index)
             x_dense, x_pruned, record = refit_block(
                 dense.block(index, tokens), block, x_dense, x_pruned, ridge,
-                next((t.dtype for t in stored.values()), pruned.dtype))
+                next((t.dtype for t in stored.values()), pruned.dtype), held)
             for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
                 module, key = getattr(block.layer, part), f"{part}.{name}.weight"
                 if module is not None:
@@ -65,13 +67,27 @@ def refit(job: Job) -> dict[str, Any]:
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
 
 
+def hold_back(windows: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Batches of windows whose last eighth, which is the end of the text, has its own batches.
+
+    Returns the batches and how many of them are held back.
+    """
+    together = torch.cat(windows)
+    assert len(together) > 1  # the recipe is refused otherwise
+    count = -(-len(together) // 8)
+    held = together[-count:].split(len(windows[0]))
+    return [*together[:-count].split(len(windows[0])), *held], len(held)
+
+
 def refit_block(dense: Block, pruned: Block, x_dense: list[torch.Tensor],
-                x_pruned: list[torch.Tensor], ridge: float, stored: torch.dtype
+                x_pruned: list[torch.Tensor], ridge: float | Literal["auto"],
+                stored: torch.dtype, held: int = 0
                 ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, float]]:
     """Refit one pruned block in place; x_*: its inputs, batches of [B, T, D].
 
-    Returns the outputs of the dense block, those of the refitted one, and the relative squared
-    error of the block's output before and after. Where the refit would raise that error (it can,
+    `ridge: auto` judges by the last `held` batches. Returns the outputs of the dense block, those
+    of the refitted one, and the relative squared error of the block's output before and after,
+    with the ridges that were chosen. Where the refit would raise that error (it can,
     when the weights' type is coarse), the block keeps the weights it had.
     """
     u_dense = [dense.attention(x).u if dense.has_attention else x for x in x_dense]
@@ -82,24 +98,27 @@ def refit_block(dense: Block, pruned: Block, x_dense: list[torch.Tensor],
     original = {name: p.data.clone() for name, p in pruned.layer.named_parameters()
                 if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
 
-    u_pruned = x_pruned
+    u_pruned, chosen = x_pruned, {}
     if pruned.has_attention:
         z = [pruned.attention(x).z for x in x_pruned]
-        _solve(pruned.output, z, [u - x for u, x in zip(u_dense, x_pruned, strict=True)],
-               ridge, stored)
+        chosen["ridge_attention"] = _solve(
+            pruned.output, z, [u - x for u, x in zip(u_dense, x_pruned, strict=True)], ridge,
+            stored, held)
         u_pruned = [x + pruned.output(part) for x, part in zip(x_pruned, z, strict=True)]
     y_pruned = u_pruned
     if pruned.has_ffn:
         h = [gate * up for gate, up in (pruned.ffn_parts(u) for u in u_pruned)]
-        _solve(pruned.down, h, [y - u for y, u in zip(y_dense, u_pruned, strict=True)],
-               ridge, stored)
+        chosen["ridge_ffn"] = _solve(
+            pruned.down, h, [y - u for y, u in zip(y_dense, u_pruned, strict=True)], ridge,
+            stored, held)
         y_pruned = [u + pruned.down(part) for u, part in zip(u_pruned, h, strict=True)]
     after = _squared_error(y_pruned, y_dense) / energy
     if not after <= before:
         for name, weight in original.items():
             pruned.layer.get_parameter(name).data.copy_(weight)
         y_pruned, after = unrepaired, before
-    return y_dense, y_pruned, {"error_before": before, "error_after": after}
+    return y_dense, y_pruned, {"error_before": before, "error_after": after,
+                               **(chosen if ridge == "auto" else {})}
 
 
 @torch.no_grad()
@@ -174,14 +193,25 @@ def _shift(whole: torch.nn.Linear, sliced: torch.nn.Linear, inputs: list[torch.T
 
 
 def _solve(projection: torch.nn.Linear, inputs: list[torch.Tensor], targets: list[torch.Tensor],
-           ridge: float, stored: torch.dtype) -> None:
-    """Refit a projection in place, its bias left as it is, rounded to the stored type."""
+           ridge: float | Literal["auto"], stored: torch.dtype, held: int) -> float:
+    """Refit a projection in place, its bias left as it is, rounded to the stored type.
+
+    Returns the ridge. What `auto` chose on the held-back batches is used on all of them.
+    """
     problem = RidgeProblem(projection.weight)
     bias = projection.bias if projection.bias is not None else 0.0
-    for z, target in zip(inputs, targets, strict=True):
-        problem.see(z, target - bias)
+    batches = [(z, target - bias) for z, target in zip(inputs, targets, strict=True)]
+    for z, target in batches[:len(batches) - held]:
+        problem.see(z, target)
+    if ridge == "auto":
+        held_back = RidgeProblem(projection.weight)
+        for z, target in batches[len(batches) - held:]:
+            held_back.see(z, target)
+        ridge = best_ridge(problem, held_back)
+        problem.absorb(held_back)
     weight = problem.solve(ridge).to(stored)
     projection.weight.data = weight.to(projection.weight.dtype)
+    return ridge
 
 
 def _squared_error(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
