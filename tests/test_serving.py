@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -245,9 +244,11 @@ def test_what_is_served_of_a_path(smoke, tiny, tmp_path):
 
 @pytest.fixture
 def serving(smoke):
-    """`bipdeploy serve` of the smoke run, ready: the process, its URL and its curl line."""
+    """`bipdeploy serve` of the smoke run, ready: the process, its URL and its curl line. As a
+    script starts it in the background: with SIGINT ignored."""
     process = subprocess.Popen(
-        [SCRIPT, "serve", str(smoke.folder), "--port", "0", "--dtype", "float32"],
+        ["bash", "-c", "trap '' INT; exec \"$@\"", "bash", SCRIPT, "serve", str(smoke.folder),
+         "--port", "0", "--dtype", "float32"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **ENVIRONMENT})
     try:
@@ -257,9 +258,7 @@ def serving(smoke):
         yield process, url, process.stdout.readline()
     finally:
         process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(40)
-        process.kill()
+        process.wait(60)
 
 
 def asked(url: str, body: dict | None = None) -> dict:

@@ -69,7 +69,7 @@ def serve(path: str, host: str, port: int, extra: Sequence[str], verbose: bool) 
                                                 "--compilation-config", "-O", "-cc"):
         options["enforce_eager"] = True  # compiling for a CPU takes minutes
     name = _value(extra, "--served-model-name") or target.name
-    with engines.environment(engine, CPU_CACHE_GIB) as variables, _terminated_like_interrupted():
+    with engines.environment(engine, CPU_CACHE_GIB) as variables, _stopping_in_order():
         running = Server(target.folder, variables, host, port or server.free_port(host),
                          [*engines.flags(options), *extra])
         running.show = verbose
@@ -110,14 +110,17 @@ def _mentions(words: Sequence[str], *names: str) -> bool:
     return any(word.partition("=")[0] in names for word in words)
 
 
-class _terminated_like_interrupted:
-    """SIGTERM, which `docker stop` and supervisors send, ends the server in order too."""
+class _stopping_in_order:
+    """SIGINT, and SIGTERM, which `docker stop` and supervisors send, end the server in order; also
+    where SIGINT is ignored from the start, as for what a script puts into the background."""
 
     def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._interrupt)
+        self._before = {number: signal.signal(number, self._interrupt)
+                        for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     @staticmethod
     def _interrupt(number: int, frame: FrameType | None) -> None:

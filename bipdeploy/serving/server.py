@@ -159,11 +159,9 @@ class Server:
             return
         self.show = False  # what it says while ending (leak reports, tracebacks) helps nobody
         if self.running():
-            self._process.send_signal(signal.SIGINT)
-            try:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.terminate()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # engine processes that were left behind
         self._process.wait()
