@@ -5,8 +5,8 @@
 Every method gets the same model, budget, calibration windows and test windows; scoring runs once
 per criterion and seed. The random criterion and the windows are drawn anew for every seed. All
 criteria are compared at uniform widths; the methods after them spread the same budget otherwise:
-by global or adaptive widths, or by dropping whole parts as far as the ratio allows, LLM-BIP's
-choice of groups making up the rest.
+by global or adaptive widths, or by dropping whole parts as far as the ratio allows (half of them
+at most), LLM-BIP's choice of groups making up the rest.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def perplexity_of(folder: Path, ids: torch.Tensor) -> float:
 
 
 def dropped(arch: Architecture, part: str, ratio: float) -> int:
-    """How many attentions, FFNs or blocks weigh less than the ratio; as many stay of each kind."""
+    """How many attentions, FFNs or blocks weigh less than the ratio, at most half of them."""
     own = arch.blocks[0]
     left = {"blocks": BlockWidths(0, 0, 0), "attention": BlockWidths(0, 0, own.intermediate),
             "ffn": BlockWidths(own.heads, own.kv_heads, 0)}[part]
     share = 1 - arch.block_parameters(0, left) / arch.block_parameters(0)
     count = len(arch.blocks)
-    return min(math.ceil(ratio * count / share) - 1, count - 1)
+    return min(math.ceil(ratio * count / share) - 1, count // 2)
 
 
 def measure(model: str, method: Method, ratios: list[float], repairs: list[str], seed: int,
