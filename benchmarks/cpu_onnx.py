@@ -3,8 +3,8 @@
     python benchmarks/cpu_onnx.py --out benchmarks/results/cpu-onnx.json
 
 Speed does not depend on what the weights are, so they are random, and pruned to uniform widths by
-magnitude. Every round runs every model once; ratios are taken within a round. The export of the
-dense model runs in a process of its own, where its time and peak memory are measured.
+magnitude. Every round runs every model once; ratios are taken within a round. Exports run in
+processes of their own, where their time and peak memory are measured; `--exports` does only that.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def table(records: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["30M", "120M"])
+    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["30M"])
+    parser.add_argument("--exports", nargs="*", choices=SHAPES, default=[])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--quantize", nargs="*", default=["int4", "int8_dynamic"])
     parser.add_argument("--style", choices=("gqa", "std"), default="gqa")
@@ -139,11 +140,21 @@ def main() -> None:
         for ratio in arguments.ratios:
             with tempfile.TemporaryDirectory() as work:
                 records.append(measure(shape, ratio, arguments, Path(work)))
+    exports = []
+    for shape in arguments.exports:
+        with tempfile.TemporaryDirectory() as work:
+            dense = make(Path(work) / "dense", shape)
+            size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+            exports.append({"shape": shape, "weights_bytes": size,
+                            **export(dense, Path(work) / "onnx", arguments.style)})
+            print(exports[-1])
     result = {"command": "python " + " ".join(sys.argv), "seconds": round(time.time() - began),
               "threads": torch.get_num_threads(), "environment": artifacts.environment(),
-              "onnxruntime": artifacts.version_of("onnxruntime"), "records": records}
+              "onnxruntime": artifacts.version_of("onnxruntime"), "records": records,
+              "exports": exports}
     artifacts.write_json(arguments.out, result)
-    print(table(records))
+    if records:
+        print(table(records))
 
 
 if __name__ == "__main__":
