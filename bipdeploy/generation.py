@@ -15,6 +15,7 @@ from typing import Any
 
 from bipdeploy import artifacts, sources
 from bipdeploy.checkpoint import read_config
+from bipdeploy.data.windows import tokenizer
 from bipdeploy.errors import InputError, did_you_mean
 from bipdeploy.families import architecture
 from bipdeploy.recipe import ModelSection
@@ -65,18 +66,8 @@ def artefact(path: str) -> Path:
     return sources.model_folder(path)
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no tokenizer that loads: "
-                         f"{str(error).splitlines()[0]}") from error
-
-
 def _token_ids(folder: Path, prompt: str) -> list[int]:
-    ids = _tokenizer(folder)(prompt)["input_ids"]
+    ids = tokenizer(folder)(prompt)["input_ids"]
     if not ids:
         raise InputError("the prompt is empty; give it at least one word")
     return ids
@@ -93,7 +84,7 @@ def _in_transformers(folder: Path, ids: list[int], sampling: Sampling, device: s
     section = ModelSection.model_validate({"id": str(folder), "device": device})
     where = compute_device(section)
     model = loading.load_model(folder, compute_dtype(section, read_config(folder), where), where)
-    streamer = TextIteratorStreamer(_tokenizer(folder), skip_prompt=True, timeout=600)
+    streamer = TextIteratorStreamer(tokenizer(folder), skip_prompt=True, timeout=600)
     options: dict[str, Any] = {"max_new_tokens": sampling.new_tokens, "do_sample": False}
     if sampling.temperature > 0:
         options |= {"do_sample": True, "temperature": sampling.temperature,
@@ -125,7 +116,7 @@ def _in_onnx(folder: Path, ids: list[int], sampling: Sampling, device: str) -> I
     from bipdeploy.ort.runtime import OnnxModel
     from bipdeploy.ort.sampling import Sampling as Choice
 
-    model, tokenizer = OnnxModel(folder, device), _tokenizer(folder)
+    model, decoder = OnnxModel(folder, device), tokenizer(folder)
     ends = GenerationConfig.from_pretrained(folder).eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     choice = Choice(sampling.temperature, top_p=sampling.top_p)
@@ -138,7 +129,7 @@ def _in_onnx(folder: Path, ids: list[int], sampling: Sampling, device: str) -> I
         if int(token) in ends:
             break
         said.append(int(token))
-        text = tokenizer.decode(said)
+        text = decoder.decode(said)
         if not text.endswith("\ufffd"):  # else a character is not whole yet
             yield text.removeprefix(shown)
             shown = text
