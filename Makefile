@@ -44,7 +44,7 @@ test: setup vllm
 	$(PYTEST)
 
 test-fast: setup
-	$(PYTEST) -m 'not vllm'
+	$(PYTEST) -m 'not vllm and not slow'
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from bipdeploy.ort.runtime import OnnxModel
 from tests.running import SMOKE, bipdeploy_here, refused
 from tests.sliced import loaded
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "Return the number of"
 
 

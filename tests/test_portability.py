@@ -30,6 +30,8 @@ from tests.sliced import (
 )
 from tests.tiny import VARIANTS, tiny_model
 
+pytestmark = pytest.mark.slow
+
 # (KV heads as a share of the dense, FFN channels of 96) for each of four blocks.
 UNIFORM = [(0.5, 48)] * 4
 THREE_QUARTERS = [(0.75, 48)] * 4

@@ -23,6 +23,8 @@ from bipdeploy.stages.job import Job
 from tests.running import RECIPES, SMOKE, bipdeploy_here, python, refused
 from tests.tiny import PICO
 
+pytestmark = pytest.mark.slow
+
 ON = "evaluate.zero_shot.enabled=true"
 ALONE = [ON, "evaluate.perplexity.enabled=false"]
 SPARE = """\
