@@ -96,6 +96,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a whole run, or None where the folder is none."""
+    manifest = read_manifest(folder)
+    return manifest if manifest and "recipe" in manifest else None
+
+
 def figures(folders: list[Path]) -> dict[str, float]:
     """All figures of several stage folders together."""
     merged: dict[str, float] = {}

@@ -69,10 +69,7 @@ class Checkpoint:
         """
         for path in sorted(set(self.files.values())):
             with opened(path) as file:
-                absent = {n for n, at in self.files.items() if at == path} - set(file.keys())
-            if absent:
-                raise InputError(f"{path} lacks tensor {min(absent)}, which {INDEX} places "
-                                 "there; copy it again")
+                _require(file, path, [name for name, at in self.files.items() if at == path])
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Load tensors by name, to the CPU and as stored. Raises InputError for an absent one."""
@@ -84,10 +81,7 @@ class Checkpoint:
         loaded: dict[str, torch.Tensor] = {}
         for path, wanted in by_file.items():
             with opened(path) as file:
-                absent = sorted(set(wanted) - set(file.keys()))
-                if absent:
-                    raise InputError(f"{path} lacks tensor {absent[0]}, which {INDEX} places "
-                                     "there; copy it again")
+                _require(file, path, wanted)
                 loaded |= {name: file.get_tensor(name) for name in wanted}
         return loaded
 
@@ -102,6 +96,14 @@ class Checkpoint:
     def outside_blocks(self) -> list[str]:
         """Names of the tensors that belong to no block: embeddings, final norm, head."""
         return [n for n in self.files if not n.startswith("model.layers.")]
+
+
+def _require(file: Any, path: Path, names: Iterable[str]) -> None:
+    """Raise InputError where an open shard lacks a tensor that the index places there."""
+    absent = set(names) - set(file.keys())
+    if absent:
+        raise InputError(f"{path} lacks tensor {min(absent)}, which {INDEX} places there; copy it "
+                         "again")
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], folder: Path, prefix: str = "") -> None:

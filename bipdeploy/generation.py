@@ -50,8 +50,8 @@ def generate(folder: Path, prompt: str, sampling: Sampling, engine: str | None =
 def pair(path: str) -> tuple[Path, Path]:
     """The dense and the pruned model of a run, by the run's folder or one below it."""
     for folder in (Path(path), *Path(path).resolve().parents):
-        manifest = artifacts.read_manifest(folder) or {}
-        if "recipe" in manifest:
+        manifest = artifacts.read_run(folder)
+        if manifest:
             return sources.model_folder(manifest["model"]), artefact(path)
     raise InputError(f"--compare: {path} is not of a run, so its dense model is not known; give a "
                      "run's folder such as runs/quickstart")
@@ -60,10 +60,10 @@ def pair(path: str) -> tuple[Path, Path]:
 def artefact(path: str) -> Path:
     """The model to generate from: of a run the exported one, else what the path names."""
     folder = Path(path).expanduser()
-    for place in ("export/transformers", "export/vllm", "recover/model", "prune/model"):
-        if "recipe" in (artifacts.read_manifest(folder) or {}) and (folder / place).is_dir():
-            return folder / place
-    return sources.model_folder(path)
+    places = (("export/transformers", "export/vllm", "recover/model", "prune/model")
+              if artifacts.read_run(folder) else ())
+    found = next((folder / place for place in places if (folder / place).is_dir()), None)
+    return found or sources.model_folder(path)
 
 
 def _token_ids(folder: Path, prompt: str) -> list[int]:

@@ -22,6 +22,7 @@ from bipdeploy.allocation import BlockScores, keep
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.families import Architecture, BlockWidths
 from bipdeploy.refit import RidgeProblem
+from bipdeploy.slicing import expand
 
 GRID = 1 << 13  # steps into which the budget is divided
 
@@ -67,6 +68,7 @@ def measure(walker: BlockWalker, windows: list[torch.Tensor], scores: Sequence[B
         carried = [(curve, [block(x) for x in hidden]) for curve, hidden in carried]
         attended = [block.attention(x) if block.has_attention else None for x in dense]
         u_dense = [a.u if a is not None else x for a, x in zip(attended, dense, strict=True)]
+        y_dense = u_dense
         if block.has_attention:
             curve = Curve(index, "heads", list(widths(index, "heads")))
             curves.append(curve)
@@ -81,23 +83,27 @@ def measure(walker: BlockWalker, windows: list[torch.Tensor], scores: Sequence[B
             curve = Curve(index, "ffn", list(widths(index, "ffn")))
             curves.append(curve)
             h = [gate * up for gate, up in (block.ffn_parts(u) for u in u_dense)]
+            y_dense = [u + block.down(part) for u, part in zip(u_dense, h, strict=True)]
             for width in curve.widths:
                 outputs = _reduced(block.down, h, _columns(scores[index], width, "ffn", 1), refit)
                 carried.append((curve, [u + out for u, out in zip(u_dense, outputs, strict=True)]))
-        dense = [block(x) for x in dense]
+        dense = y_dense
         advance()
-    head = Head(walker)
-    expected = [head(x) for x in dense]
+    head = walker.head()
+
+    def predicted_by(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [head(x).float().log_softmax(-1) for x in hidden]
+
+    expected = predicted_by(dense)
     for curve, hidden in carried:  # in the order of each curve's widths
-        curve.divergences.append(divergence([head(x) for x in hidden], expected))
+        curve.divergences.append(divergence(predicted_by(hidden), expected))
     return curves
 
 
 def _columns(scores: BlockScores, width: int, part: str, size: int) -> torch.Tensor:
     """Columns of the output projection that stay when the best `width` groups do."""
     kept = keep(scores, BlockWidths(0, width, 0) if part == "heads" else BlockWidths(0, 0, width))
-    groups = torch.tensor(kept.groups if part == "heads" else kept.channels, dtype=torch.long)
-    return (groups[:, None] * size + torch.arange(size)).flatten()
+    return expand(kept.groups if part == "heads" else kept.channels, size)
 
 
 def _reduced(projection: torch.nn.Linear, inputs: list[torch.Tensor], columns: torch.Tensor,
@@ -113,22 +119,6 @@ def _reduced(projection: torch.nn.Linear, inputs: list[torch.Tensor], columns: t
             problem.see(z[..., columns], z @ projection.weight.T)
         weight = problem.solve(refit).to(weight.dtype)
     return [torch.nn.functional.linear(z[..., columns], weight, projection.bias) for z in inputs]
-
-
-class Head:
-    """Final norm and head of a model: hidden states [B, T, D] to log-probabilities [B, T, V]."""
-
-    def __init__(self, walker: BlockWalker):
-        checkpoint, self._eps = walker.checkpoint, walker.config.rms_norm_eps
-        head = "lm_head.weight" if "lm_head.weight" in checkpoint.files else (
-            "model.embed_tokens.weight")
-        tensors = checkpoint.tensors(["model.norm.weight", head])
-        self._norm, self._head = (tensors[name].to(walker.device, walker.dtype)
-                                  for name in ("model.norm.weight", head))
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], self._norm, self._eps)
-        return (normed @ self._head.T).float().log_softmax(-1)
 
 
 def divergence(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -19,8 +19,8 @@ def slice_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: 
     kept, all its tensors go. Names and types are unchanged.
     """
     family, widths = arch.family, arch.blocks[block]
-    kv_rows = _expand(kept.groups, arch.head_dim)
-    query_rows = _expand(kept.groups, arch.head_dim * widths.group)
+    kv_rows = expand(kept.groups, arch.head_dim)
+    query_rows = expand(kept.groups, arch.head_dim * widths.group)
     channels = torch.tensor(kept.channels, dtype=torch.long)
     sliced = {}
     for name, tensor in tensors.items():
@@ -72,7 +72,7 @@ def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: i
     family, widths = arch.family, arch.blocks[block]
     masked = {name: tensor.clone() for name, tensor in tensors.items()}
     for names, indices in ((family.query_columns,
-                            _expand(kept.groups, arch.head_dim * widths.group)),
+                            expand(kept.groups, arch.head_dim * widths.group)),
                            (family.ffn_columns, torch.tensor(kept.channels, dtype=torch.long))):
         for name in names:
             gone = torch.ones(masked[name].shape[1], dtype=torch.bool)
@@ -84,7 +84,7 @@ def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: i
     return masked
 
 
-def _expand(groups: tuple[int, ...], width: int) -> torch.Tensor:
+def expand(groups: tuple[int, ...], width: int) -> torch.Tensor:
     """Row indices of whole groups of `width` rows."""
     starts = torch.tensor(groups, dtype=torch.long)[:, None] * width
     return (starts + torch.arange(width)).flatten()

@@ -48,12 +48,13 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     question = portability.draw_question(architecture(source.config), job.recipe.seed, PROMPTS,
                                          NEW_TOKENS, dtype, str(compute_device(job.recipe.model)))
     reference = portability.reference(source.folder, question)
-    checked = verify(job, source.folder, out, question, reference)
+    expected = sliced_logits(source.folder, question)
+    checked = verify(out, question, reference, expected)
     figures = _sizes(job, {"onnx": out, **{f"onnx.{n}": copy for n, copy in copies.items()}}, dtype)
     return figures, {
         "architecture": f"{style} graph in {dtype}", "needs": "onnxruntime 1.24 or later",
         "verified": {"by": "ONNX Runtime, " + checked.pop("by"), **checked},
-        "quantized": {name: _logits(job, source.folder, copy, question)
+        "quantized": {name: difference(OnnxModel(copy, question.device), question, expected)
                       for name, copy in copies.items()}}
 
 
@@ -69,18 +70,17 @@ def style_and_dtype(job: Job) -> tuple[str, str]:
     return style, dtype
 
 
-def verify(job: Job, source: Path, written: Path, question: Question,
-           reference: Mapping[str, Any]) -> dict[str, Any]:
-    """Logits of prompts, greedy tokens of a padded batch, and the same in onnxruntime-genai."""
-    found = _logits(job, source, written, question)
+def verify(written: Path, question: Question, reference: Mapping[str, Any],
+           expected: torch.Tensor) -> dict[str, Any]:
+    """Logits of a prompt, greedy tokens of a padded batch, and the same in onnxruntime-genai."""
+    model = OnnxModel(written, question.device)
+    found = difference(model, question, expected)
     allowed = TOLERANCE[question.dtype]
     if not found["relative_logit_difference"] <= allowed:
         raise StageError("the ONNX graph does not agree with the model it was made from: logits "
                          f"differ by {found['relative_logit_difference']:.3g} of the largest, "
                          f"allowed {allowed:g}")
-    device = compute_device(job.recipe.model).type
-    agreed = portability.compare(reference, answer(written, question, reference, device),
-                                 question.dtype)
+    agreed = portability.compare(reference, answer(model, question, reference), question.dtype)
     if agreed["why"]:
         raise StageError(f"the ONNX graph does not generate as the model it was made from: "
                          f"{agreed['why']}")
@@ -89,11 +89,9 @@ def verify(job: Job, source: Path, written: Path, question: Question,
             "genai": in_genai(written, question, reference)}
 
 
-def answer(written: Path, question: Question, reference: Mapping[str, Any],
-           device: str) -> dict[str, Any]:
+def answer(model: OnnxModel, question: Question, reference: Mapping[str, Any]) -> dict[str, Any]:
     """What ONNX Runtime generates for all prompts in one right-padded batch, and how likely it
     finds the tokens of the reference; the form of `serving/probe.py`."""
-    model = OnnxModel(written, device)
     longest = max(map(len, question.prompts))
     ids = torch.zeros(len(question.prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -138,17 +136,22 @@ def in_genai(written: Path, question: Question, reference: Mapping[str, Any]) ->
 
 
 @torch.inference_mode()
-def _logits(job: Job, source: Path, written: Path, question: Question) -> dict[str, float]:
-    """How far the logits of the longest prompt lie from those of the sliced model."""
-    device = compute_device(job.recipe.model)
-    ids = torch.tensor([max(question.prompts, key=len)])
-    sliced = loading.load_model(source, getattr(torch, question.dtype), device)
-    expected = sliced(ids.to(device)).logits.float().cpu()
-    del sliced
-    found = OnnxModel(written, device.type).logits(ids).float().cpu()
-    difference = float((found - expected).abs().max())
-    return {"largest_logit_difference": difference,
-            "relative_logit_difference": difference / float(expected.abs().max())}
+def sliced_logits(sliced: Path, question: Question) -> torch.Tensor:
+    """Logits [1, T, V] of the sliced model for the longest prompt, float32 on the CPU."""
+    model = loading.load_model(sliced, getattr(torch, question.dtype),
+                               torch.device(question.device))
+    return model(_longest(question).to(question.device)).logits.float().cpu()
+
+
+def difference(model: OnnxModel, question: Question, expected: torch.Tensor) -> dict[str, float]:
+    """How far a graph's logits for the longest prompt lie from the expected ones."""
+    largest = float((model.logits(_longest(question)).cpu() - expected).abs().max())
+    return {"largest_logit_difference": largest,
+            "relative_logit_difference": largest / float(expected.abs().max())}
+
+
+def _longest(question: Question) -> torch.Tensor:
+    return torch.tensor([max(question.prompts, key=len)])
 
 
 def _sizes(job: Job, folders: Mapping[str, Path], dtype: str) -> dict[str, float]:

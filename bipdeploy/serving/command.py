@@ -36,8 +36,8 @@ def find_target(path: str) -> Target:
     """The checkpoint behind a run's folder, an export's, a model folder or id. Raises
     InputError where there is none."""
     folder = Path(path).expanduser()
-    manifest = artifacts.read_manifest(folder) or {}
-    if "recipe" in manifest:
+    manifest = artifacts.read_run(folder)
+    if manifest:
         found = next((folder / e for e in EXPORTS if (folder / e / "config.json").is_file()), None)
         if found is None:
             raise InputError(f"{folder} has no exported model yet; finish it with `bipdeploy run`")
