@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.console import Silent
+from bipdeploy.errors import StageError
 from bipdeploy.recipe import ModelSection
 from bipdeploy.recipe_lora import PROJECTIONS, LoraSection
 from bipdeploy.tuning import adapters, checkpoints, data, losses, training
@@ -217,10 +218,24 @@ def test_padding_changes_training_by_rounding_only(tiny, tmp_path):
 
 
 def test_adapters_that_never_help_leave_the_best_step_at_0_and_training_ends_early(tiny, tmp_path):
-    state = trained(tiny, tmp_path / "c", learning_rate=10.0, steps=40, clip=0, warmup=0,
+    windows = data.pack([data.plain(greedy(tiny, 24, 16).flatten().tolist())], 16)
+    state = trained(tiny, tmp_path / "c", windows, learning_rate=1.0, steps=40, warmup=0,
                     validation={"windows": 4, "every": 1, "patience": 2})
     assert (state.best_step, state.step) == (0, 2)
     assert all(not tensor.any() for name, tensor in state.best.items() if "lora_B" in name)
+
+
+def greedy(folder: Path, count: int, tokens: int) -> torch.Tensor:
+    """What a model finds likeliest itself, so that training can hardly make it better."""
+    model, ids = loaded(folder), token_windows(count, 1)
+    while ids.shape[1] < tokens:
+        ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def test_training_that_diverges_says_so(tiny, tmp_path):
+    with pytest.raises(StageError, match=r"diverged.* lower lora\.learning_rate"):
+        trained(tiny, tmp_path / "c", learning_rate=1e30, clip=0, warmup=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -258,8 +273,8 @@ def test_training_leaves_the_caller_s_random_numbers_alone(tiny, tmp_path):
 # Checkpoints
 
 def some_state(step: int) -> State:
-    tensors = {"a.weight": torch.full((2, 3), float(step))}
-    return State(tensors, tensors, tensors, tensors, step, [(0, 1.5), (step, 1.25)], 10, 0.5)
+    parts = [{"a.weight": torch.full((2, 3), float(step + part))} for part in range(4)]
+    return State(*parts, step, [(0, 1.5), (step, 1.25)], 10, 0.5)
 
 
 def test_a_checkpoint_comes_back_as_it_was_and_replaces_the_one_before(tmp_path):
