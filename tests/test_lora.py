@@ -163,7 +163,7 @@ def test_more_processes_than_gpus_are_refused():
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_while_training_goes_on_to_the_same_weights(tmp_path, sliced):
-    settings = [*PLAIN, "lora.steps=40", "lora.checkpoint_every=2", "lora.dropout=0.1"]
+    settings = [*PLAIN, "lora.steps=24", "lora.checkpoint_every=2", "lora.dropout=0.1"]
     whole = api.lora("builtin:pico", sliced, tmp_path / "whole", settings)
     out = tmp_path / "killed"
     state = artifacts.checkpoint_folder(out) / "state.json"
@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_while_training_goes_on_to_the_same_weights(tmp_pa
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     step = artifacts.read_json(state)["step"]
-    assert 0 < step < 40 and not out.exists()
+    assert 0 < step < 24 and not out.exists()
 
     reporter = Silent()
     api.lora("builtin:pico", sliced, out, settings, reporter)
