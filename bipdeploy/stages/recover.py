@@ -1,4 +1,4 @@
-"""Stage `recover`: repair the sliced model. Methods are in `METHODS`; LoRA will be one more."""
+"""Stage `recover`: repair the sliced model. Methods are in `METHODS`."""
 
 from __future__ import annotations
 
