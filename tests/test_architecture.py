@@ -16,8 +16,8 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job",
-     "tasks"),
+    ("section", "comparison", "recipe", "recipe_file", "artifacts", "figures", "console",
+     "stages.job", "tasks"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
     ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit", "exporters",
@@ -25,6 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
      "serving", "serving.", "templates"),
     ("stages", "stages.", "summary"),
     ("pipeline", "plan", "generation"),
+    ("comparing", "comparing."),
     ("api", "screens", "cli", ""),
 ]
 
@@ -36,7 +37,9 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan"
          "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
          "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
          "serving.probe", "templates", "exporters", "exporters.portability", "ort",
-         "ort.installed", "ort.folder", "generation")
+         "ort.installed", "ort.folder", "generation", "section", "comparison", "comparing",
+         "comparing.cells", "comparing.command", "comparing.records", "comparing.results",
+         "comparing.plot")
 
 
 def layer(module: str) -> int:
