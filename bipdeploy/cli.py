@@ -110,7 +110,8 @@ def compare(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
 def _compare_settings(given: dict[str, str | None]) -> list[str]:
     """Options of `compare` as overrides. Methods and repairs that are named stand alone: what the
     recipe lists besides is left out."""
-    named: dict[str, Any] = {name: value.split(",") for name, value in given.items() if value is not None}
+    named: dict[str, Any] = {name: value.split(",") for name, value in given.items()
+                             if value is not None}
     if "methods" in named:
         named = {"criteria": [], **named}
     if {"criteria", "layers"} & set(named):

@@ -56,7 +56,7 @@ WIDTH = 120  # columns that a table may take before it is split
 
 
 def show_compared(compared: Compared) -> None:
-    """The table of a comparison, one per ratio where they do not fit side by side, and the files."""
+    """The table of a comparison, one per ratio where it would be too wide, and its page."""
     summary = results.main(compared.data["summary"]) if compared.data["summary"] else []
     if summary:
         text, window = summary[0]["text"], summary[0]["window"]

@@ -130,7 +130,8 @@ def protocol(data: Mapping[str, Any]) -> str:
     calibration = data["recipe"]["calibration"]
     return (f"Mean over seeds ± the largest distance from it. Every method has the same budget, "
             f"calibration windows (per seed: {calibration['samples']} of {calibration['tokens']} "
-            f"tokens of {calibration['data']}) and test windows. Made by\n\n    {data['command']}\n")
+            f"tokens of {calibration['data']}) and test windows. Made by\n\n"
+            f"    {data['command']}\n")
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
