@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 
 from bipdeploy.criteria import NAMES
 from bipdeploy.errors import did_you_mean
-from bipdeploy.section import Section, Share
+from bipdeploy.recipe_base import Section, Share
 
 PROPAGATIONS = ("bound", "measured")
 DEPTH = "depth:"

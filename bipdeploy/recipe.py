@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from bipdeploy.comparison import CompareSection
-from bipdeploy.section import Section, Share
+from bipdeploy.recipe_base import Section, Share, TextSection
 
 
 class ModelSection(Section):
@@ -33,18 +33,6 @@ class HardwareSection(Section):
     tensor_parallel: PositiveInt = Field(
         1, description="GPUs that vLLM splits every layer over. Widths are chosen so that heads "
         "and FFN channels divide by it.")
-
-
-class TextSection(Section):
-    """A text: built in, a local file, or a data set on the hub."""
-
-    data: str = Field(
-        "builtin:pydocs", description="`builtin:pydocs` (Python's reference text, on every "
-        "machine), a .txt, .jsonl or .parquet file, or one of wikitext2, ptb, c4, alpaca (hub).")
-    split: str | None = Field(
-        None, description="Split of a built-in or hub text. Default: calibration text takes "
-        "`calibration` or `train`, test text `test` or `validation`.")
-    field: str = Field("text", description="The column that holds the text, for jsonl and parquet.")
 
 
 class CalibrationSection(TextSection):

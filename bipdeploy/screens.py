@@ -52,7 +52,7 @@ def _show_rows(rows: Sequence[Row], titles: Sequence[str]) -> None:
     console.out.print()
 
 
-WIDTH = 120  # columns that a table may take before it is split
+WIDTH = 120  # columns that a table may take before it is split, where stdout is no terminal
 
 
 def show_compared(compared: Compared) -> None:
@@ -61,11 +61,12 @@ def show_compared(compared: Compared) -> None:
     if summary:
         text, window = summary[0]["text"], summary[0]["window"]
         dense = compared.data["dense"]["perplexity"][text][window]["perplexity"]
-        console.out.print(f"perplexity, {text}, window {window}: mean over seeds ± largest distance"
-                          f" from it; dense {results.shown(dense)}\n", markup=False)
+        console.out.print(f"perplexity on {text}\nwindow {window}, dense {results.shown(dense)}; "
+                          "mean over seeds ± largest distance from it\n", markup=False)
     ratios = results.ratios_in(summary)
     whole = results.table(summary, ratios)
-    tables = ([whole] if _width(whole) <= WIDTH else
+    limit = console.out.width if console.out.is_terminal else WIDTH
+    tables = ([whole] if _width(whole) <= limit else
               [results.table(summary, [ratio]) for ratio in ratios])
     for heading, *rows in tables if summary else []:
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -73,7 +74,7 @@ def show_compared(compared: Compared) -> None:
             table.add_column(title, justify="right" if number else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
-        console.out.print(table)
+        console.out.print(table, width=max(limit, _width([heading, *rows])))
         console.out.print()
     console.out.print(f"measured {compared.measured}, reused {compared.reused}; "
                       f"{compared.folder / 'compare.md'}", markup=False)

@@ -16,7 +16,7 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("section", "comparison", "recipe", "recipe_file", "artifacts", "figures", "console",
+    ("recipe", "recipe_base", "comparison", "recipe_file", "artifacts", "figures", "console",
      "stages.job", "tasks"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
@@ -37,7 +37,7 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan"
          "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
          "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
          "serving.probe", "templates", "exporters", "exporters.portability", "ort",
-         "ort.installed", "ort.folder", "generation", "section", "comparison", "comparing",
+         "ort.installed", "ort.folder", "generation", "recipe_base", "comparison", "comparing",
          "comparing.cells", "comparing.command", "comparing.records", "comparing.results",
          "comparing.plot")
 

@@ -16,7 +16,7 @@ from bipdeploy.data import text
 from bipdeploy.depth import unprotected
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.recipe import PruneSection, Recipe
+from bipdeploy.recipe import PruneSection, Recipe, RecoverSection
 
 # Of each part what is left of a block without it, as a factor of the dense widths.
 _LEFT = {"blocks": (0, 0), "attention": (0, 1), "ffn": (1, 0)}
@@ -140,11 +140,18 @@ def dense_key(wanted: Plan) -> str:
 def key(wanted: Plan, cell: Cell) -> str:
     """A digest of all that a cell's figures depend on."""
     own = recipe_of(wanted.recipe, wanted.arch, cell)
-    sections = _sections(own, ("model", "hardware", "calibration", "score", "prune", "evaluate",
-                               "seed", *REPAIRS[cell.repair]))
+    found = {**wanted.context, **_sections(own, ("model", "hardware", "calibration", "score",
+                                                 "evaluate", "seed", *REPAIRS[cell.repair]))}
+    found["sections"]["recover"] = _used(own.recover)
+    found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
-        sections["searched"] = pipeline.plain(wanted.recipe.recover)
-    return artifacts.digest({**wanted.context, **sections})
+        found["searched"] = [own.prune.search.model_dump(), _used(wanted.recipe.recover)]
+    return artifacts.digest(found)
+
+
+def _used(section: RecoverSection) -> dict[str, Any]:
+    """The fields of `recover` that its method reads."""
+    return section.model_dump(exclude=set() if section.method == "refit" else {"refit"})
 
 
 def _sections(recipe: Recipe, names: tuple[str, ...]) -> dict[str, Any]:

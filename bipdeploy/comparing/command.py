@@ -33,6 +33,11 @@ def compare(recipe: Recipe, out: Path, reporter: Reporter, command: str,
     holds for this recipe, model and code. Raises InputError before anything is measured.
     """
     wanted = cells.plan(recipe)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise artifacts.unwritable(out, error) from error
+    records.sweep(out)
     keys = {cells.key(wanted, cell) for cell in wanted.cells}
     known = {record["key"] for record in records.read(out)}
     dense = out / f"dense-{cells.dense_key(wanted)[:16]}.json"
@@ -40,7 +45,6 @@ def compare(recipe: Recipe, out: Path, reporter: Reporter, command: str,
     if keys - known or not dense.is_file():
         from bipdeploy.comparing import run
 
-        out.mkdir(parents=True, exist_ok=True)
         meter = run.Meter(wanted, out, reporter)
         meter.of_dense()
         done = run.measure(wanted, meter, out, reporter, said)

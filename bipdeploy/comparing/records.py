@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,29 +53,24 @@ def append(folder: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def workplace(folder: Path) -> Iterator[Path]:
-    """A temporary folder within `folder`; those that killed processes left behind are removed."""
+    """A temporary folder within `folder`, which must be there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder, prefix=_WORK))
-        lock = (work / "lock").open("w")
+        lock = (work / "new").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (work / "new").rename(work / "lock")  # held before `sweep` can see it
     except OSError as error:
         raise artifacts.unwritable(folder, error) from error
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        for other in folder.glob(f"{_WORK}*/lock"):
-            if other.parent != work:
-                _remove_if_left(other)
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
         lock.close()
 
 
-def _remove_if_left(lock: Path) -> None:
-    """Remove a work folder whose process is gone: nobody holds its lock."""
-    try:
-        with lock.open() as file:
+def sweep(folder: Path) -> None:
+    """Remove the work folders that killed processes left behind: nobody holds their locks."""
+    for lock in folder.glob(f"{_WORK}*/lock"):
+        with suppress(OSError), lock.open() as file:  # in use, or removed just now
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
-    except OSError:
-        return  # in use, or removed by another process just now

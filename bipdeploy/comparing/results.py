@@ -89,11 +89,13 @@ def repairs_in(summary: Records) -> list[str]:
 
 
 def table(summary: Records, ratios: Sequence[float]) -> list[list[str]]:
-    """Rows of text: a heading, then methods; columns are ratios × repairs."""
+    """Rows of text: a heading, then methods; columns are ratios × repairs. A single seed has no
+    spread."""
     columns = [(ratio, repair) for ratio in ratios for repair in repairs_in(
         [s for s in summary if s["ratio"] == ratio])]
-    cells = {(s["method"], s["ratio"], s["repair"]): with_spread(s["perplexity"], s["spread"])
-             for s in summary}
+    cells = {(s["method"], s["ratio"], s["repair"]):
+             with_spread(s["perplexity"], s["spread"]) if len(s["seeds"]) > 1
+             else shown(s["perplexity"]) for s in summary}
     rows = [["method", *(f"{ratio:.0%}, {repair}" for ratio, repair in columns)]]
     for method in dict.fromkeys(s["method"] for s in summary):
         row = [cells.get((method, *column), "–") for column in columns]
@@ -119,6 +121,10 @@ def markdown(data: Mapping[str, Any]) -> str:
         rows = [{**s, "perplexity": 100 * s["accuracy"], "spread": 100 * s["accuracy_spread"]}
                 for s in accuracies]
         parts += ["\n## Accuracy, mean over tasks, %\n", as_markdown(table(rows, ratios_in(rows)))]
+    most = max((len(s["seeds"]) for s in data["summary"]), default=0)
+    fewer = dict.fromkeys(s["method"] for s in data["summary"] if len(s["seeds"]) < most)
+    if fewer:
+        parts.append(f"\nSome cells of these have fewer than {most} seeds: {', '.join(fewer)}.")
     if data["not_run"]:
         parts += ["\n## Not run\n", *(f"- {about['cell']}: {about['why']}"
                                       for about in data["not_run"])]
