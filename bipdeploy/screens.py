@@ -69,12 +69,14 @@ def show_compared(compared: Compared) -> None:
     tables = ([whole] if _width(whole) <= limit else
               [results.table(summary, [ratio]) for ratio in ratios])
     for heading, *rows in tables if summary else []:
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        # Its own width: where stdout is no terminal, rich would cut cells off at 80 columns.
+        table = Table(box=None, pad_edge=False, header_style="bold",
+                      width=_width([heading, *rows]) - 2)
         for number, title in enumerate(heading):
             table.add_column(title, justify="right" if number else "left", no_wrap=True)
         for row in rows:
             table.add_row(*row)
-        console.out.print(table, width=max(limit, _width([heading, *rows])))
+        console.out.print(table)
         console.out.print()
     console.out.print(f"measured {compared.measured}, reused {compared.reused}; "
                       f"{compared.folder / 'compare.md'}", markup=False)

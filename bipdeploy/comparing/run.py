@@ -165,13 +165,16 @@ def measure(wanted: Plan, meter: Meter, out: Path, reporter: Reporter,
                         _ratio(wanted, cells, scores[method.ranking], curves, work, meter,
                                recorded, done)
                 curves.unlink(missing_ok=True)
-                seconds = time.monotonic() - began
-                left = f", {seconds / done.count * (total - done.count) / 60:.0f} minutes left" * (
-                    0 < done.count < total)
-                said(f"seed {seed}, {method}: {done.count} of {total} cells, "
-                     f"{seconds / 60:.1f} minutes{left}")
+                said(f"seed {seed}, {method}: "
+                     + _progress(done.count, total, time.monotonic() - began))
             shutil.rmtree(work / "scores")
     return done
+
+
+def _progress(count: int, total: int, seconds: float) -> str:
+    left = (f", about {seconds / count * (total - count) / 60:.0f} left" if 0 < count < total
+            else "")
+    return f"{count} of {total} cells in {seconds / 60:.1f} minutes{left}"
 
 
 def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path]:
