@@ -19,7 +19,7 @@ from typing import Any
 from bipdeploy import artifacts, sources, tasks
 from bipdeploy.allocation import uniform_widths
 from bipdeploy.calibration import calibration_split, test_split
-from bipdeploy.checkpoint import read_config
+from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
@@ -118,6 +118,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
     preflight(recipe, dense)
+    Checkpoint(dense).verify()
     folder = runs / recipe.name
     _writable(folder)
     result = RunResult(folder)
@@ -185,12 +186,19 @@ def finishing(name: str) -> Iterator[None]:
         line = textwrap.shorten(str(error), 200) or "no message"
         raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
                          "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
+# What to change where a stage runs out of memory.
+_WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
+_SMALLER = {
+    "score": _WALKS, "recover": _WALKS,
+    "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
+    "export": "switch off the targets that are not needed; the model is loaded whole to check them",
+    "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
+    "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
 
 
 def _out_of_memory(name: str) -> StageError:
-    return StageError(f"stage {name} ran out of memory; lower calibration.batch, "
-                      "calibration.samples, evaluate.perplexity.batch, evaluate.zero_shot.batch "
-                      "or bench.torch.batch")
+    return StageError(f"stage {name} ran out of memory; "
+                      f"{_SMALLER.get(name, 'free some memory and run again')}")
 
 
 def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
@@ -212,7 +220,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: plain(getattr(recipe, s)) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -296,7 +304,9 @@ def check_tasks(recipe: Recipe) -> None:
 def check_offline(recipe: Recipe) -> None:
     """All of `preflight` that needs no network: a model on the hub is not looked at."""
     if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
-        preflight(recipe, sources.model_folder(recipe.model.id))
+        dense = sources.model_folder(recipe.model.id)
+        preflight(recipe, dense)
+        Checkpoint(dense).verify()
     else:
         check_texts(recipe)
         check_tasks(recipe)
@@ -326,10 +336,13 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
         "stages": stages})
 
 
-def plain(value: Any) -> Any:
-    """Recipe values as JSON data."""
+WHERE = {"spill"}  # fields that say where things are kept, and change no result
+
+
+def plain(value: Any, without: set[str] | None = None) -> Any:
+    """Recipe values as JSON data, without some fields."""
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", exclude=without)
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return value

@@ -301,18 +301,18 @@ def test_the_command_prints_a_table_that_fits_and_refuses_what_it_does_not_know(
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe(tiny, tmp_path).model_dump_json())
     done = bipdeploy_here("compare", path, "--out", tmp_path / "out", "--criteria",
-                          "llm_bip:measured,random", "--ratios", "0.3,0.4", "--repairs",
+                          "llm_bip:measured,random", "--ratios", "0.2,0.3,0.4", "--repairs",
                           "none,bias,refit", "--seeds", "0,1")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
     assert max(map(len, lines)) <= 120
-    assert sum(line.startswith("llm_bip:measured") for line in lines) == 2  # a table per ratio
+    assert sum(line.startswith("llm_bip:measured") for line in lines) == 3  # a table per ratio
     assert "…" not in done.stdout
-    assert "measured 24, reused 0" in done.stdout
+    assert "measured 36, reused 0" in done.stdout
     done = bipdeploy_here("compare", path, "--out", tmp_path / "out", "--methods",
                           "random", "--seeds", "1", "--ratios", "0.4", "--json")
     told = json.loads(done.stdout)
-    assert (told["measured"], told["reused"], len(told["summary"])) == (0, 2, 12)
+    assert (told["measured"], told["reused"], len(told["summary"])) == (0, 2, 18)
     refused = bipdeploy_here("compare", path, "--out", tmp_path / "out", "--criteria", "flip",
                              "--ratios", "half")
     assert refused.returncode == 2

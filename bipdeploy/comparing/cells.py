@@ -156,7 +156,8 @@ def _used(section: RecoverSection) -> dict[str, Any]:
 
 def _sections(recipe: Recipe, names: tuple[str, ...]) -> dict[str, Any]:
     return {"data": recipe.compare.data,
-            "sections": {name: pipeline.plain(getattr(recipe, name)) for name in names}}
+            "sections": {name: pipeline.plain(getattr(recipe, name), pipeline.WHERE)
+                                                 for name in names}}
 
 
 def current(wanted: Plan, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bipdeploy import artifacts, pipeline, tasks
+from bipdeploy.activations import keeping
 from bipdeploy.blocks import BlockWalker, compute_device, compute_dtype
 from bipdeploy.calibration import calibration_batches, test_split
 from bipdeploy.checkpoint import read_config
@@ -183,13 +184,16 @@ def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path
     recipe = next(iter(asked.values()))
     walker = BlockWalker(wanted.dense, recipe.model)
     drawn, provenance = calibration_batches(recipe, wanted.dense, wanted.arch.max_positions)
-    with pipeline.finishing("score"):
-        walked = score.score_together(walker, drawn, [r.score for r in asked.values()],
-                                      recipe.seed)
+    sections = [r.score for r in asked.values()]
+    size = score.kept_bytes(walker, drawn, sections)
+    folder.mkdir()
+    with (pipeline.finishing("score"),
+          keeping(folder, recipe.calibration.spill, size) as keep):
+        walked = score.score_together(walker, drawn, sections, recipe.seed, keep=keep)
     found = {}
     for number, ((name, own), result) in enumerate(zip(asked.items(), walked, strict=True)):
         found[name] = folder / str(number)
-        found[name].mkdir(parents=True)
+        found[name].mkdir()
         score.write(found[name], own.score, result, provenance)
     return found
 
@@ -206,7 +210,7 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
             if not curves.is_file():
                 with pipeline.finishing("prune"):
                     artifacts.write_json(curves, prune.curves_record(*prune.measured_curves(
-                        pruning, wanted.dense, score.read_scores(scores), lambda: None)))
+                        pruning, wanted.dense, score.read_scores(scores), work, lambda: None)))
             inputs["curves"] = curves
         _stage("prune", pruning, inputs, sliced)
         _require_budget(wanted, sliced, recipe[cells[0]])

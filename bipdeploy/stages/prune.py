@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from bipdeploy import artifacts, search
+from bipdeploy.activations import keeping
 from bipdeploy.allocation import BlockScores, allocate, keep, part_widths, uniform_widths
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter, require_finite
+from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
 from bipdeploy.modeling.formats import pruned_config
@@ -50,9 +51,7 @@ def run(job: Job) -> None:
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
-        outside = dense.tensors(dense.outside_blocks())
-        require_finite(outside, dense.folder)  # scoring reads no final norm and no head
-        writer.add(outside)
+        writer.add_outside_blocks(dense, finite=True)  # scoring reads no final norm and no head
         for index, choice in enumerate(kept):
             writer.add(slice_block(dense.block(index), arch, index, choice),
                        f"model.layers.{index}.")
@@ -82,7 +81,7 @@ def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
         curves = [search.Curve(**curve) for curve in record["curves"]]
     else:
         job.reporter.total(len(arch.blocks), "blocks searched")
-        curves, windows = measured_curves(job.recipe, job.inputs["dense"], scores,
+        curves, windows = measured_curves(job.recipe, job.inputs["dense"], scores, job.out,
                                           job.reporter.advance)
         record = curves_record(curves, windows)
     total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
@@ -95,9 +94,10 @@ def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
         "divergence_uniform": search.predicted(curves, uniform)}}
 
 
-def measured_curves(recipe: Recipe, dense: Path, scores: Sequence[BlockScores],
+def measured_curves(recipe: Recipe, dense: Path, scores: Sequence[BlockScores], work: Path,
                     advance: Callable[[], None]) -> tuple[list[search.Curve], int]:
-    """What each width of each part costs, whatever the ratio, and on how many windows."""
+    """What each width of each part costs, whatever the ratio, and on how many windows; hidden
+    states that spill do so below `work`."""
     section, walker = recipe.prune, BlockWalker(dense, recipe.model)
     arch = walker.architecture
     choices = part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
@@ -105,10 +105,13 @@ def measured_curves(recipe: Recipe, dense: Path, scores: Sequence[BlockScores],
     windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
     ridge = recipe.recover.refit.ridge
     ridge = SEARCH_RIDGE if ridge == "auto" else ridge
-    curves = search.measure(
-        walker, windows, scores,
-        lambda block, part: search.spaced(choices(block, part), section.search.points),
-        refit=ridge if recipe.recover.method == "refit" else None, advance=advance)
+    variants = 2 * section.search.points * len(arch.blocks)
+    with keeping(work, recipe.calibration.spill,
+                 (variants + 8) * walker.bytes_of(windows)) as kept:
+        curves = search.measure(
+            walker, windows, scores,
+            lambda block, part: search.spaced(choices(block, part), section.search.points),
+            refit=ridge if recipe.recover.method == "refit" else None, advance=advance, keep=kept)
     return curves, sum(map(len, windows))
 
 

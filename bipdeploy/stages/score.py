@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from bipdeploy import artifacts
+from bipdeploy.activations import Batches, Keep, keeping, replace
 from bipdeploy.allocation import BlockScores
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
@@ -45,7 +47,10 @@ def run(job: Job) -> None:
     job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
-    write(job.out, recipe.score, score_blocks(walker, windows, recipe, job), provenance)
+    size = kept_bytes(walker, windows, [recipe.score])
+    with keeping(job.out, recipe.calibration.spill, size) as keep:
+        walked = score_blocks(walker, windows, recipe, job, keep)
+    write(job.out, recipe.score, walked, provenance)
 
 
 def write(folder: Path, section: ScoreSection, walked: Walked,
@@ -70,42 +75,48 @@ def walks(sections: Sequence[ScoreSection]) -> int:
     return 1 + any("gradients" in CRITERIA[s.criterion].needs for s in sections)
 
 
+def kept_bytes(walker: BlockWalker, windows: list[torch.Tensor],
+               sections: Sequence[ScoreSection]) -> int:
+    """Bytes of the hidden states that scoring keeps: a walk back reads those of every block."""
+    return (len(walker) + 2 if walks(sections) > 1 else 1) * walker.bytes_of(windows)
+
+
 def score_blocks(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe,
-                 job: Job | None = None) -> Walked:
+                 job: Job | None = None, keep: Keep = list) -> Walked:
     """Scores and influence of every block by the recipe's criterion."""
     return score_together(walker, windows, [recipe.score], recipe.seed,
-                          job.reporter.advance if job is not None else lambda: None)[0]
+                          job.reporter.advance if job is not None else lambda: None, keep)[0]
 
 
 @torch.no_grad()
 def score_together(walker: BlockWalker, windows: list[torch.Tensor],
                    sections: Sequence[ScoreSection], seed: int,
-                   advance: Callable[[], None] = lambda: None) -> list[Walked]:
+                   advance: Callable[[], None] = lambda: None, keep: Keep = list) -> list[Walked]:
     """Scores and influence of every block, for each of several criteria as if it were alone.
 
     One walk collects the statistics of all; criteria that need gradients share one more, back.
     """
-    inputs: list[list[torch.Tensor]] = []
-    found = _forwards(walker, windows, sections, seed, advance, inputs)
+    inputs: list[Batches] = []
+    found = _forwards(walker, windows, sections, seed, advance, inputs, keep)
     if inputs:
         _backwards(walker, windows, sections, found, advance, inputs)
     return found
 
 
 def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequence[ScoreSection],
-              seed: int, advance: Callable[[], None], inputs: list[list[torch.Tensor]]
+              seed: int, advance: Callable[[], None], inputs: list[Batches], keep: Keep
               ) -> list[Walked]:
     """The walk that collects statistics. What a walk back reads goes to `inputs`, on the CPU."""
     own_needs = [CRITERIA[s.criterion].statistics(s.propagation) for s in sections]
     needs = frozenset().union(*own_needs)
     draws = [torch.Generator().manual_seed(seed) for _ in sections]
-    hidden, found = walker.embed(windows), [Walked([], [], []) for _ in sections]
+    hidden, found = walker.embed(windows, keep), [Walked([], [], []) for _ in sections]
     for index, block in enumerate(walker.blocks(windows[0].shape[1])):
         widths = walker.architecture.blocks[index]
         if "gradients" in needs:
-            inputs.append([x.cpu() for x in hidden])
+            inputs.append(keep(x.cpu() for x in hidden))
         statistics = Statistics(widths.kv_heads, needs, walker.config.rms_norm_eps)
-        hidden = [_see(block, x, statistics) for x in hidden]
+        replace(hidden, partial(_see, block, statistics))
         for section, own, draw, walked in zip(sections, own_needs, draws, found, strict=True):
             walked.influence.append(statistics.influence())
             view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
@@ -115,14 +126,15 @@ def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequen
             if "measured" in own and block.has_attention:
                 walked.agreement.append(_agreement(view, index))
         advance()
+        del block, view  # the walk reads the next but one now
     if "gradients" in needs:
-        inputs.append([x.cpu() for x in hidden])
+        inputs.append(keep(x.cpu() for x in hidden))
     return found
 
 
 def _backwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequence[ScoreSection],
                found: Sequence[Walked], advance: Callable[[], None],
-               inputs: list[list[torch.Tensor]]) -> None:
+               inputs: list[Batches]) -> None:
     """Add the scores of the criteria that need gradients."""
     wanted = [(section, walked) for section, walked in zip(sections, found, strict=True)
               if "gradients" in CRITERIA[section.criterion].needs]
@@ -158,7 +170,7 @@ def _agreement(view: BlockView, index: int) -> dict[str, float]:
             "mean_ratio": float((bound / measured.clamp_min(1e-30)).mean())}
 
 
-def _see(block: Block, x: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+def _see(block: Block, statistics: Statistics, x: torch.Tensor) -> torch.Tensor:
     """Run a block on a batch and take in what the criterion needs; returns the block's output."""
     u = x
     if block.has_attention:
