@@ -20,7 +20,7 @@ from typing import Any
 from bipdeploy import artifacts, sources, tasks
 from bipdeploy.allocation import uniform_widths
 from bipdeploy.calibration import calibration_split, test_split, training_split
-from bipdeploy.checkpoint import read_config
+from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
@@ -126,6 +126,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
     preflight(recipe, dense)
+    Checkpoint(dense).verify()
     folder = runs / recipe.name
     _writable(folder)
     result = RunResult(folder)
@@ -197,10 +198,20 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
     shutil.rmtree(artifacts.checkpoint_folder(out), ignore_errors=True)
 
 
+# What to change where a stage runs out of memory.
+_WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
+_SMALLER = {
+    "score": _WALKS, "recover": _WALKS,
+    "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
+    "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
+    "export": "switch off the targets that are not needed; the model is loaded whole to check them",
+    "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
+    "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
+
+
 def _out_of_memory(name: str) -> StageError:
-    return StageError(f"stage {name} ran out of memory; lower calibration.batch, "
-                      "calibration.samples, evaluate.perplexity.batch, evaluate.zero_shot.batch "
-                      "or bench.torch.batch, or raise lora.accumulation")
+    return StageError(f"stage {name} ran out of memory; "
+                      f"{_SMALLER.get(name, 'free some memory and run again')}")
 
 
 def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
@@ -222,7 +233,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _plain(getattr(recipe, s)) for s in sections},
+        "sections": {s: _plain(getattr(recipe, s), _WHERE) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -312,7 +323,9 @@ def check_tasks(recipe: Recipe) -> None:
 def check_offline(recipe: Recipe) -> None:
     """All of `preflight` that needs no network: a model on the hub is not looked at."""
     if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
-        preflight(recipe, sources.model_folder(recipe.model.id))
+        dense = sources.model_folder(recipe.model.id)
+        preflight(recipe, dense)
+        Checkpoint(dense).verify()
     else:
         check_texts(recipe)
         check_tasks(recipe)
@@ -342,10 +355,14 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
         "stages": stages})
 
 
-def _plain(value: Any) -> Any:
-    """Recipe values as JSON data."""
+# Fields that say where or when things are kept, and change no result.
+_WHERE = {"spill", "checkpoint_every"}
+
+
+def _plain(value: Any, without: set[str] | None = None) -> Any:
+    """Recipe values as JSON data, without some fields."""
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", exclude=without)
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return value

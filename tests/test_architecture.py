@@ -18,11 +18,11 @@ LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
     ("recipe", "recipe_base", "recipe_lora", "recipe_file", "artifacts", "figures", "console",
      "stages.job", "tasks"),
-    ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
-     "modeling."),
+    ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
+     "activations", "blocks", "modeling", "modeling."),
     ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",
-     "elimination", "exporters", "exporters.", "ort", "ort.", "evaluation", "evaluation.", "measuring",
-     "measuring.", "tuning", "tuning.", "serving", "serving.", "templates"),
+     "elimination", "exporters", "exporters.", "ort", "ort.", "evaluation", "evaluation.",
+     "measuring", "measuring.", "tuning", "tuning.", "serving", "serving.", "templates"),
     ("stages", "stages.", "summary"),
     ("pipeline", "plan", "generation"),
     ("api", "screens", "cli", ""),
@@ -32,11 +32,11 @@ HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "nump
          "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "recipe_file",
          "pipeline", "plan", "artifacts", "sources", "figures", "summary", "screens", "families",
-         "divisibility", "depth", "allocation", "calibration", "checkpoint", "criteria", "api",
-         "data", "data.pydocs", "data.text", "data.windows", "data.pydocs_choice", "tasks",
-         "stages.job", "stages.gate", "modeling.formats", "serving", "serving.engine",
-         "serving.server", "serving.command", "serving.probe", "templates", "exporters",
-         "exporters.portability", "ort", "ort.installed", "ort.folder", "generation")
+         "divisibility", "depth", "allocation", "calibration", "tensor_file", "checkpoint",
+         "criteria", "api", "data", "data.pydocs", "data.text", "data.windows",
+         "data.pydocs_choice", "tasks", "stages.job", "stages.gate", "modeling.formats", "serving",
+         "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
+         "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation")
 
 
 def layer(module: str) -> int:
