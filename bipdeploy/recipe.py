@@ -140,6 +140,10 @@ class RefitSection(Section):
         0.01, description="Pull towards the original weights, as a share of the mean energy of the "
         "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
         "windows best when it was fitted to the others.")
+    reselect: bool = Field(
+        False, description="Choose again, block by block and at the same widths, which groups "
+        "stay: on the pruned model's own input and jointly with the new weights. Costs about "
+        "twice the time.")
 
     @field_validator("ridge", mode="before")
     @classmethod
