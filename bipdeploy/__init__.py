@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = metadata.version("bipdeploy")
 __all__ = ["bench", "evaluate", "export", "gate", "lora", "prune", "recover", "report", "run",
-           "score"]
+           "score", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from bipdeploy.comparison import CompareSection
 from bipdeploy.recipe_base import Section, Share, TextSection
 from bipdeploy.recipe_lora import LoraSection
+from bipdeploy.recipe_sweep import SweepSection
 
 
 class ModelSection(Section):
@@ -353,6 +354,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)
     compare: CompareSection = Field(default_factory=CompareSection)
+    sweep: SweepSection = Field(default_factory=SweepSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
 

@@ -16,8 +16,8 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_base", "recipe_lora", "comparison", "recipe_file", "artifacts", "figures",
-     "console", "stages.job", "tasks"),
+    ("recipe", "recipe_base", "recipe_lora", "recipe_sweep", "comparison", "recipe_file",
+     "artifacts", "figures", "console", "stages.job", "tasks"),
     ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
      "activations", "blocks", "modeling", "modeling."),
     ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",
@@ -27,11 +27,12 @@ LAYERS: list[tuple[str, ...]] = [
     ("stages", "stages.", "summary"),
     ("pipeline", "plan", "generation"),
     ("comparing", "comparing."),
-    ("api", "screens", "cli", ""),
+    ("sweeping", "sweeping."),
+    ("api", "screens", "options", "cli", ""),
 ]
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
-         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft"}
+         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft", "ray"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "recipe_file",
          "pipeline", "plan", "artifacts", "sources", "figures", "summary", "screens", "families",
          "divisibility", "depth", "allocation", "calibration", "tensor_file", "checkpoint",
@@ -40,7 +41,9 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "re
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
          "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation",
          "comparison", "comparing", "comparing.cells", "comparing.command", "comparing.records",
-         "comparing.results", "comparing.plot")
+         "comparing.results", "comparing.plot", "recipe_sweep", "options", "sweeping",
+         "sweeping.command", "sweeping.trials", "sweeping.running", "sweeping.sharing",
+         "sweeping.results", "sweeping.plot")
 
 
 def layer(module: str) -> int:
