@@ -1,4 +1,4 @@
-"""Sweeps: which trials there are, what they share, the front, the command, and whole sweeps on Ray."""
+"""Sweeps: which trials there are, what they share, the front, the command, sweeps on Ray."""
 
 from __future__ import annotations
 
@@ -198,6 +198,8 @@ def test_the_median_rule_is_applied_among_rivals_and_to_repaired_models_only():
     assert not told("b", "repaired", 0.2)
     assert told("c", "repaired", 0.21)
     assert not told("g", "repaired", 5.0)  # smaller, and without rivals
+    assert not told("d", "repaired", 0.01)
+    assert not told("b", "repaired", 0.2)  # Ray tells the last result again at a trial's end
     assert rivals.behind == {"c": 0.21}
 
 

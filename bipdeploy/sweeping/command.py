@@ -40,9 +40,10 @@ def sweep(recipe: Recipe, out: Path, reporter: Reporter, command: str, source: s
     `source` names the recipe's file in commands. Raises InputError before anything is run.
     """
     pipeline.require_one_process()
-    if importlib.util.find_spec("ray") is None:
-        raise InputError("ray is not installed, and a sweep runs on it; "
-                         "`pip install 'bipdeploy[sweep]'`")
+    for package in ("ray", "pandas", "pyarrow"):  # ray alone comes without what ray.tune needs
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"{package} is not installed, and a sweep runs on Ray Tune; "
+                             "`pip install 'bipdeploy[sweep]'`")
     wanted = trials.plan(recipe)
     try:
         (out / TRIALS).mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from bipdeploy.errors import InputError
+from bipdeploy.errors import InputError, StageError
 from bipdeploy.recipe import Recipe
 from bipdeploy.recipe_sweep import EngineSection
 from bipdeploy.sweeping import running
@@ -54,11 +54,15 @@ class Rivals(FIFOScheduler):
             self._rules[group].on_trial_complete(
                 None, number, {"point": POINTS["repaired"], "loss": loss})
         self.behind: dict[str, float] = {}
+        self._judged: set[tuple[str, int]] = set()
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        if not self._active:
-            return TrialScheduler.CONTINUE
         name = trial.config["trial"]
+        at = (name, result.get("point", 0))
+        # Ray hands the last result over once more when a trial has ended by itself.
+        if not self._active or at in self._judged:
+            return TrialScheduler.CONTINUE
+        self._judged.add(at)
         rule = self._rules[self._groups[name]]
         decision = rule.on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
@@ -138,9 +142,10 @@ def cluster(engine: EngineSection, verbose: bool) -> Iterator[None]:
         options["address"] = engine.address
     try:
         ray.init(**options)
-    except (ConnectionError, SystemExit, RuntimeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # Ray raises its base classes here
         if engine.address is None:
-            raise
+            raise StageError(f"Ray could not start on this machine: {_why(error)} Run again when "
+                             "it is less busy; BIPDEPLOY_DEBUG=1 shows the traceback") from error
         raise InputError(f"sweep.engine.address: no Ray cluster answers at {engine.address!r}: "
                          f"{_why(error)}") from error
     try:
