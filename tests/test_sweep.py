@@ -93,6 +93,8 @@ def test_trials_that_only_differ_in_quality_are_rivals(tiny, tmp_path):
      ("prune.ratio.x: unknown", "sweep.samples: unknown")),
     ({"fields": {"prune.round_to": [8, -1], "recover.method": ["refit", "mend"]}},
      ("prune.round_to: -1", "recover.method: \"mend\"")),
+    ({"ratios": [0.3], "fields": {"evaluate.perplexity.enabled": [True, False]}},
+     ("evaluate.perplexity.enabled: false",)),
     ({"ratios": [0.3, 0.99]}, ("prune.ratio: 0.99",)),
     ({"ratios": [0.3], "fields": {"prune.ratio": [0.2, 0.4]}}, ("prune.ratio", "leave one")),
     ({"repairs": ["none", "refit"], "fields": {"recover": [{"method": "bias"}]}},
@@ -199,6 +201,7 @@ def test_the_median_rule_is_applied_among_rivals_and_to_repaired_models_only():
     assert told("c", "repaired", 0.21)
     assert not told("g", "repaired", 5.0)  # smaller, and without rivals
     assert not told("d", "repaired", 0.01)
+    assert not told("e", "repaired", 0.02)
     assert not told("b", "repaired", 0.2)  # Ray tells the last result again at a trial's end
     assert rivals.behind == {"c": 0.21}
 

@@ -25,6 +25,9 @@ _NOT_VARIED = ("name", "compare", "sweep")
 # What makes two models of one budget equally fast, as far as a recipe tells.
 _SHAPE = ("prune", "hardware", "model", "export", "bench")
 
+_NOTHING = ("sweep: nothing varies; give ratios, criteria, layers, repairs or fields two different "
+            "values or more")
+
 Choice = Mapping[str, Any]  # axis (`ratios`, …, or a field's name) → one of its values
 
 
@@ -58,9 +61,6 @@ class Plan:
 
 def plan(recipe: Recipe) -> Plan:
     """The trials of a recipe's section `sweep`. Raises InputError for all that cannot be run."""
-    if not recipe.evaluate.perplexity.enabled:
-        raise InputError("evaluate.perplexity.enabled: false, and perplexity is what a sweep "
-                         "weighs against speed; set it to true")
     _require_fields(recipe)
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
@@ -77,9 +77,8 @@ def plan(recipe: Recipe) -> Plan:
             faults |= dict.fromkeys(str(error).split("\n"))
     if faults:
         raise RecipeError("sweep", list(faults))
-    if len(made) < 2:
-        raise InputError("sweep: nothing varies; give ratios, criteria, layers, repairs or fields "
-                         "two values or more")
+    if len(made) < min(2, recipe.sweep.samples or 2):
+        raise InputError(_NOTHING)
     return Plan(recipe, dense, tuple(made.values()))
 
 
@@ -89,8 +88,7 @@ def _require_fields(recipe: Recipe) -> None:
     for name in recipe.sweep.fields:
         parts = tuple(name.split("."))
         for at, part in enumerate(parts):
-            known = [f for f in recipe_file.fields(parts[:at])
-                     if at or f not in _NOT_VARIED]
+            known = [f for f in recipe_file.fields(parts[:at]) if at or f not in _NOT_VARIED]
             if part not in known:
                 faults.append(f"sweep.fields.{name}: unknown field{did_you_mean(part, known)}")
                 break
@@ -120,9 +118,12 @@ def _trial(recipe: Recipe, arch: Architecture, choice: Choice) -> Trial:
                      for name, value in _settings(recipe, arch, choice).items())
     label = ", ".join(_words(axis, value) for axis, value in choice.items())
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", label.replace("%", "")).strip("-.")[:80]
-    name = f"{slug}-{artifacts.digest(settings)[:6]}"
+    name = f"{slug or 'trial'}-{artifacts.digest(settings)[:6]}"
     data = {**recipe.model_dump(mode="json"), "name": name, "compare": {}, "sweep": {}}
     own = recipe_file.build(data, "sweep", list(settings))
+    if not own.evaluate.perplexity.enabled:
+        raise InputError("evaluate.perplexity.enabled: false, and perplexity is what a sweep "
+                         "weighs against speed; set it to true")
     dense = sources.model_folder(own.model.id, own.model.revision,
                                  code=own.model.trust_remote_code)
     pipeline.preflight(own, dense)
