@@ -68,6 +68,13 @@ def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str]
                   reporter)
 
 
+def lora(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+         reporter: Reporter | None = None) -> Path:
+    """Train adapters on a pruned model and merge them; returns the folder that holds `model`."""
+    return _stage("lora", model, {"repaired": sources.model_folder(str(pruned))}, out,
+                  ["lora.enabled=true", *settings], reporter)
+
+
 def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
            reporter: Reporter | None = None) -> Path:
     """Write and verify the export targets of a model; returns their parent folder."""
@@ -117,6 +124,7 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
            settings: Sequence[str], reporter: Reporter | None) -> Path:
     base = {"name": "stage", "model": {"id": model}, "prune": {"ratio": 0.5}}
     recipe = recipe_file.build(base, "--set", list(settings))
+    pipeline.require_one_process()
     if "dense" in pipeline.STAGES[name].inputs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
                                                code=recipe.model.trust_remote_code)

@@ -228,6 +228,12 @@ def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> Non
 
 
 @app.command(rich_help_panel="One stage on plain paths")
+def lora(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
+    """Train low-rank adapters on a pruned model and merge them."""
+    _one("lora", lambda api, bar: api.lora(model, pruned, out, settings or [], bar))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
 def export(pruned: Pruned, out: Out, settings: Set = None) -> None:
     """Write and verify the export targets."""
     _one("export", lambda api, bar: api.export(pruned, out, settings or [], bar))

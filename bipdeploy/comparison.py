@@ -24,12 +24,15 @@ LAYERS = ("uniform", "global", "adaptive", "searched",
           f"{DEPTH}blocks", f"{DEPTH}attention", f"{DEPTH}ffn")
 CRITERIA_NAMES = (*NAMES, *(f"llm_bip:{p}" for p in PROPAGATIONS))
 
-# What is done to a sliced model: the recipe's sections `recover` and `lora` where they differ.
+# What is done to a sliced model, as values of the recipe's sections `recover` and `lora`.
+_LORA = {"lora": {"enabled": True}}
 REPAIRS: dict[str, dict[str, Any]] = {
     "none": {"recover": {"method": "none"}},
     "bias": {"recover": {"method": "bias"}},
     "refit": {"recover": {"method": "refit"}},
     "refit_auto": {"recover": {"method": "refit", "refit": {"ridge": "auto"}}},
+    "lora": {"recover": {"method": "none"}, **_LORA},
+    "refit+lora": {"recover": {"method": "refit"}, **_LORA},
 }
 
 
@@ -111,7 +114,8 @@ class CompareSection(Section):
     ratios: list[Share] = Field([0.2, 0.3, 0.5], min_length=1, description="Ratios.")
     repairs: list[str] = Field(
         ["none", "bias", "refit"], description="What is done to the sliced model: `none`, `bias`, "
-        "`refit` (with the recipe's ridge), `refit_auto` (ridge auto).")
+        "`refit` (with the recipe's ridge), `refit_auto` (ridge auto), `lora` (as the section "
+        "`lora` has it, on the sliced model) or `refit+lora` (on the refitted one).")
     also: dict[str, list[str]] = Field(
         {}, description="Further repairs of single methods: method → repairs.")
     seeds: list[int] = Field(

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from bipdeploy.comparison import CompareSection
 from bipdeploy.recipe_base import Section, Share, TextSection
+from bipdeploy.recipe_lora import LoraSection
 
 
 class ModelSection(Section):
@@ -140,6 +141,10 @@ class RefitSection(Section):
         0.01, description="Pull towards the original weights, as a share of the mean energy of the "
         "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
         "windows best when it was fitted to the others.")
+    reselect: bool = Field(
+        False, description="Choose again, block by block and at the same widths, which groups "
+        "stay: on the pruned model's own input and jointly with the new weights. Costs about "
+        "twice the time.")
 
     @field_validator("ridge", mode="before")
     @classmethod
@@ -335,13 +340,15 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
                       description="Names the run's folder under runs/.")
-    seed: int = Field(0, ge=0, description="Draws the calibration windows and random scores.")
+    seed: int = Field(0, ge=0, description="Draws the calibration windows, random scores, and "
+                      "what LoRA holds back, starts from and reads next.")
     model: ModelSection
     hardware: HardwareSection = Field(default_factory=HardwareSection)
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
     score: ScoreSection = Field(default_factory=ScoreSection)
     prune: PruneSection
     recover: RecoverSection = Field(default_factory=RecoverSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     export: ExportSection = Field(default_factory=ExportSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)

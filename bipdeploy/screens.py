@@ -24,7 +24,10 @@ def show_run(result: RunResult) -> None:
         console.err.print(f"reused, nothing changed: {', '.join(result.reused)}")
     folders = {name: result.folder / name for name in result.stages}
     show_comparison(folders)
-    gates = summary.collect(folders)["gates"]
+    collected = summary.collect(folders)
+    if collected["lora_said"]:
+        console.out.print(collected["lora_said"] + "\n", markup=False)
+    gates = collected["gates"]
     if gates and gates["gates"]:
         show_gates(gates["gates"])
     for label, path in (("model", "export/transformers"), ("report", "report/report.html"),

@@ -121,9 +121,12 @@ def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(t
                    "compare.ratios=[0.4]", "compare.methods=[flap]"):
         assert not set(base.values()) & set(keys(change).values()), change
     ridge = keys("recover.refit.ridge=0.1")
-    assert {r for r in base if base[r] != ridge[r]} == {"refit"}
+    assert {r for r in base if base[r] != ridge[r]} == {"refit", "refit+lora"}
+    rank = keys("lora.rank=4")
+    assert {r for r in base if base[r] != rank[r]} == {"lora", "refit+lora"}
     for same in ("name=y", "prune.ratio=0.2", "recover.method=bias", "bench.torch.batch=7",
-                 "export.onnx.style=std", "score.criterion=flap"):
+                 "export.onnx.style=std", "score.criterion=flap", "lora.enabled=true",
+                 "calibration.spill=true"):
         assert keys(same) == base, same
     searched = keys(methods=["llm_bip@searched"])
     assert searched != keys("recover.method=bias", methods=["llm_bip@searched"])
@@ -348,8 +351,10 @@ def test_paper_tables_never_show_a_published_figure_as_ours(tmp_path):
          "huggyllama/llama-7b", "--data", "builtin:pydocs", "wikitext2", "--tasks",
          "builtin:pydocs_choice", "llm_bip_7", "--limit", "8", "--ratios", "0.3", "--criteria",
          "wanda_sp", "--set", "prune.round_to=8", "--set", "evaluate.perplexity.max_tokens=1024",
-         "--set", "calibration.samples=8", "--out", str(tmp_path)], cwd=ROOT, capture_output=True,
-        text=True, check=False, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+         "--set", "calibration.samples=8", "--set", "lora.steps=2", "--set",
+         "lora.batch=4", "--set", "lora.accumulation=1", "--set", "lora.validation.windows=4",
+         "--repairs", "none", "refit", "refit+lora", "--out", str(tmp_path)], cwd=ROOT,
+        capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)})
     assert made.returncode == 0, made.stderr
     found = artifacts.read_json(tmp_path / "paper_tables.json")
     pico, llama = found["models"]
@@ -358,7 +363,7 @@ def test_paper_tables_never_show_a_published_figure_as_ours(tmp_path):
     assert "hub" in llama["not_run"]["huggyllama/llama-7b"]
     ours = {t["metric"]: t["rows"] for t in pico["tables"]}
     assert all(row["ours"][0] > 1 for row in ours["builtin:pydocs.128"]
-               if row["repair"] in ("", "none", "refit"))
+               if row["published_method"] != "LLM-Pruner, LoRA")
     assert all(row["ours"] == [None] for metric in ("wikitext2.128", "accuracy.llm_bip_7")
                for row in ours[metric])
     theirs = {t["metric"]: t["rows"] for t in llama["tables"]}["wikitext2.128"]
