@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bipdeploy import artifacts, pipeline, recipe_file, sources
 from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.comparing.command import Compared
+from bipdeploy.comparing.command import compare as compared
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
 from bipdeploy.recipe import Recipe
@@ -26,12 +28,24 @@ def run(recipe: Recipe | PathLike, overrides: Sequence[str] = (), runs: PathLike
         force: bool = False, start: str | None = None, until: str | None = None,
         reporting: pipeline.Reporting | None = None) -> pipeline.RunResult:
     """Run a recipe (an object or a YAML file) with `section.field=value` overrides."""
+    return pipeline.run(_recipe(recipe, overrides), Path(runs), force=force, start=start,
+                        until=until, reporting=reporting)
+
+
+def compare(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] = (),
+            reporter: Reporter | None = None, *, command: str = "bipdeploy.compare",
+            said: Callable[[str], None] = lambda _: None) -> Compared:
+    """Measure the methods of a recipe's section `compare` against each other; records that `out`
+    holds already are reused. `said` is told, in a line, about every method that is done."""
+    return compared(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, said)
+
+
+def _recipe(recipe: Recipe | PathLike, overrides: Sequence[str]) -> Recipe:
     if not isinstance(recipe, Recipe):
-        recipe = recipe_file.load(recipe, list(overrides))
-    elif overrides:
+        return recipe_file.load(recipe, list(overrides))
+    if overrides:
         raise ValueError("overrides go with a recipe file; change a Recipe with model_copy")
-    return pipeline.run(recipe, Path(runs), force=force, start=start, until=until,
-                        reporting=reporting)
+    return recipe
 
 
 def score(model: str, out: PathLike, settings: Sequence[str] = (),

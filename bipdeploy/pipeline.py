@@ -11,8 +11,8 @@ import os
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,23 +170,11 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
     """Run one stage into `out`: written whole, with its manifest, or not at all."""
     memory, began = artifacts.PeakMemory(), time.time()
     with artifacts.writing(out) as partial:
-        try:
+        with finishing(name):
             STAGES[name].function(name)(Job(recipe, dict(inputs), partial, reporter))
-        except BipdeployError:
-            raise
-        except MemoryError as error:
-            raise _out_of_memory(name) from error
-        except Exception as error:
-            if artifacts.disk_full(error):
-                raise  # `writing` says so
-            if "out of memory" in str(error).lower():
-                raise _out_of_memory(name) from error
-            line = textwrap.shorten(str(error), 200) or "no message"
-            raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
-                             "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
         artifacts.write_json(partial / artifacts.MANIFEST, {
             "stage": name, "key": key, "seed": recipe.seed,
-            "sections": {s: _plain(getattr(recipe, s)) for s in STAGES[name].sections},
+            "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
             "inputs": {n: str(p) for n, p in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
             "seconds": round(time.time() - began, 3), "peak_memory_bytes": memory.bytes(),
@@ -196,6 +184,25 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
                       for p in sorted(partial.rglob("*")) if p.is_file()},
             "sha256": artifacts.file_hashes(partial)})
     shutil.rmtree(artifacts.checkpoint_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def finishing(name: str) -> Iterator[None]:
+    """Turn what a stage raises into StageError, but for errors that are ours and a full disk."""
+    try:
+        yield
+    except BipdeployError:
+        raise
+    except MemoryError as error:
+        raise _out_of_memory(name) from error
+    except Exception as error:
+        if artifacts.disk_full(error):
+            raise  # `artifacts.writing` says so
+        if "out of memory" in str(error).lower():
+            raise _out_of_memory(name) from error
+        line = textwrap.shorten(str(error), 200) or "no message"
+        raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
+                         "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
 
 
 # What to change where a stage runs out of memory.
@@ -233,7 +240,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _plain(getattr(recipe, s), _WHERE) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -309,7 +316,8 @@ def check_texts(recipe: Recipe) -> None:
         named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
     if recipe.lora.enabled:
         named["lora.data"] = recipe.lora.data
-    faults = [f"{name}: {fault}" for name, data in named.items() if (fault := text.check(data))]
+    listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]
+    faults = [f"{name}: {fault}" for name, data in listed if (fault := text.check(data))]
     if faults:
         raise InputError("\n".join(faults))
 
@@ -351,18 +359,18 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
             stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
                                                      "peak_memory_bytes", "notes", "sha256")}
     artifacts.write_json(folder / artifacts.MANIFEST, {
-        "recipe": _plain(recipe), "model": str(dense), "environment": artifacts.environment(),
+        "recipe": plain(recipe), "model": str(dense), "environment": artifacts.environment(),
         "stages": stages})
 
 
 # Fields that say where or when things are kept, and change no result.
-_WHERE = {"spill", "checkpoint_every"}
+WHERE = {"spill", "checkpoint_every"}
 
 
-def _plain(value: Any, without: set[str] | None = None) -> Any:
+def plain(value: Any, without: set[str] | None = None) -> Any:
     """Recipe values as JSON data, without some fields."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude=without)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     return value

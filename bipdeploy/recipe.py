@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from bipdeploy.comparison import CompareSection
 from bipdeploy.recipe_base import Section, Share, TextSection
 from bipdeploy.recipe_lora import LoraSection
 
@@ -351,6 +352,7 @@ class Recipe(Section):
     export: ExportSection = Field(default_factory=ExportSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)
+    compare: CompareSection = Field(default_factory=CompareSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
 

@@ -16,8 +16,8 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_base", "recipe_lora", "recipe_file", "artifacts", "figures", "console",
-     "stages.job", "tasks"),
+    ("recipe", "recipe_base", "recipe_lora", "comparison", "recipe_file", "artifacts", "figures",
+     "console", "stages.job", "tasks"),
     ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
      "activations", "blocks", "modeling", "modeling."),
     ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",
@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
      "templates"),
     ("stages", "stages.", "summary"),
     ("pipeline", "plan", "generation"),
+    ("comparing", "comparing."),
     ("api", "screens", "cli", ""),
 ]
 
@@ -37,7 +38,9 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "re
          "criteria", "api", "data", "data.pydocs", "data.text", "data.windows",
          "data.pydocs_choice", "tasks", "stages.job", "stages.gate", "modeling.formats", "serving",
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
-         "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation")
+         "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation",
+         "comparison", "comparing", "comparing.cells", "comparing.command", "comparing.records",
+         "comparing.results", "comparing.plot")
 
 
 def layer(module: str) -> int:
