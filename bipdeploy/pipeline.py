@@ -210,8 +210,8 @@ _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spi
 _SMALLER = {
     "score": _WALKS, "recover": _WALKS,
     "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
+    "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
     "export": "switch off the targets that are not needed; the model is loaded whole to check them",
-    "lora": "set lora.gradient_checkpointing: true, or raise lora.accumulation",
     "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
     "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
 
@@ -363,7 +363,8 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
         "stages": stages})
 
 
-WHERE = {"spill"}  # fields that say where things are kept, and change no result
+# Fields that say where or when things are kept, and change no result.
+WHERE = {"spill", "checkpoint_every"}
 
 
 def plain(value: Any, without: set[str] | None = None) -> Any:

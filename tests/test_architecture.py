@@ -17,8 +17,7 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
     ("recipe", "recipe_base", "recipe_lora", "comparison", "recipe_file", "artifacts", "figures",
-     "console",
-     "stages.job", "tasks"),
+     "console", "stages.job", "tasks"),
     ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
      "activations", "blocks", "modeling", "modeling."),
     ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",

@@ -354,7 +354,8 @@ def test_paper_tables_never_show_a_published_figure_as_ours(tmp_path):
          "--set", "calibration.samples=8", "--set", "lora.steps=2", "--set",
          "lora.batch=4", "--set", "lora.accumulation=1", "--set", "lora.validation.windows=4",
          "--repairs", "none", "refit", "refit+lora", "--out", str(tmp_path)], cwd=ROOT,
-        capture_output=True, text=True, check=False, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)})
+        capture_output=True, text=True, check=False,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)})
     assert made.returncode == 0, made.stderr
     found = artifacts.read_json(tmp_path / "paper_tables.json")
     pico, llama = found["models"]

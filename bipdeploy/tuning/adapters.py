@@ -58,7 +58,7 @@ def merge(source: Checkpoint, model: Any, out: Path,
         name.removeprefix(_WRAPPED): module for name, module in model.named_modules()
         if isinstance(module, LoraLayer)}
     with CheckpointWriter(out, source.config, source.folder) as writer, torch.no_grad():
-        writer.add(source.tensors(source.outside_blocks()))
+        writer.add_outside_blocks(source)
         for index in range(source.config["num_hidden_layers"]):
             prefix, stored = f"model.layers.{index}.", source.block(index)
             for name, layer in layers.items():

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bipdeploy.tuning.checkpoints import State
     from bipdeploy.tuning.training import Task
 
-SPEC, WINDOWS = "spec.json", "windows.safetensors"
+SPEC, WINDOWS, LOG = "spec.json", "windows.safetensors", "log.txt"
 MARK = "bipdeploy: "  # what the lines that a worker means for us begin with
 
 
@@ -55,28 +55,28 @@ def train(task: Task, device: torch.device, reporter: Reporter) -> State:
             "device": device.type, "parent": os.getpid()}))
         _run([sys.executable, "-m", "torch.distributed.run", "--standalone",
               f"--nproc-per-node={task.section.processes}", "-m", "bipdeploy.tuning.worker",
-              str(folder)], reporter)
+              str(folder)], folder / LOG, reporter)
     state = checkpoints.load(task.checkpoint)
     assert state is not None  # the workers end well only after they wrote it
     return state
 
 
-def _run(command: list[str], reporter: Reporter) -> None:
-    """Run the workers and pass on what they report. Raises what the first one raised."""
+def _run(command: list[str], log: Path, reporter: Reporter) -> None:
+    """Run the workers and pass on what they report on stdout; the rest of what they say goes to
+    `log`. Raises what the first one raised."""
     # What this process imports the package from must also be what the workers import.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        command, env={"OMP_NUM_THREADS": "1", **os.environ,
-                      "PYTHONPATH": os.pathsep.join(paths)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True)  # Ctrl-C reaches us alone
-    said: deque[str] = deque(maxlen=50)
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command, env={"OMP_NUM_THREADS": "1", **os.environ,
+                          "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True,
+            errors="replace", start_new_session=True)  # Ctrl-C reaches us alone
     failure: dict[str, Any] | None = None
     try:
         assert process.stdout
         for line in process.stdout:
             if not line.startswith(MARK):
-                said.append(line.strip())
                 continue
             event = json.loads(line.removeprefix(MARK))
             if event["call"] == "error":
@@ -92,10 +92,12 @@ def _run(command: list[str], reporter: Reporter) -> None:
         kind = InputError if failure["exit_code"] == BAD_INPUT else StageError
         raise kind(failure["message"])
     if code:
-        raise StageError(f"a training process ended with status {code}: {_cause(said)}")
+        raise StageError(f"a training process ended with status {code}: "
+                         f"{_cause(log.read_text('utf-8', 'replace').splitlines())}")
 
 
-def _cause(lines: deque[str]) -> str:
-    """The line that a traceback ends with, where the processes printed one."""
-    causes = [line for line in lines if "Error" in line.split(":")[0]]
-    return (causes or [line for line in lines if line] or ["it printed nothing"])[0]
+def _cause(lines: Sequence[str]) -> str:
+    """The line that the first traceback ends with; else the last line."""
+    causes = [line.strip() for line in lines if "Error: " in line]
+    return (causes or [line.strip() for line in lines if line.strip()][-1:]
+            or ["it printed nothing"])[0]
