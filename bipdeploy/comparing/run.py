@@ -241,6 +241,8 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -
         inputs = {name: wanted.dense if name == "dense" else made / "model"
                   for name in pipeline.STAGES["lora"].inputs}
         _stage("lora", recipe, inputs, folder)
+        # What an interrupted training would go on from; the next cell is another one.
+        shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder
 
 
