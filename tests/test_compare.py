@@ -121,9 +121,11 @@ def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(t
                    "compare.ratios=[0.4]", "compare.methods=[flap]"):
         assert not set(base.values()) & set(keys(change).values()), change
     ridge = keys("recover.refit.ridge=0.1")
-    assert {r for r in base if base[r] != ridge[r]} == {"refit", "refit+lora"}
+    assert {r for r in base if base[r] != ridge[r]} == {
+        "refit", "reselect", "refit+lora", "reselect+lora"}
     rank = keys("lora.rank=4")
-    assert {r for r in base if base[r] != rank[r]} == {"lora", "refit+lora"}
+    assert {r for r in base if base[r] != rank[r]} == {
+        "lora", "refit+lora", "reselect+lora"}
     for same in ("name=y", "prune.ratio=0.2", "recover.method=bias", "bench.torch.batch=7",
                  "export.onnx.style=std", "score.criterion=flap", "lora.enabled=true",
                  "calibration.spill=true"):

@@ -226,9 +226,10 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
                 for cell in alike:
                     with _failing([cell], done), _tuned(
                             wanted, cell, recipe[cell], made, work / "tuned") as tuned:
-                        recorded(cell, {
-                            "removed": 1 - artifacts.figures([sliced, made])[
-                                "block_parameters.ratio"], **meter.of_pruned(tuned / "model")})
+                        with pipeline.finishing("evaluate"):
+                            figures = meter.of_pruned(tuned / "model")
+                        removed = 1 - artifacts.figures([sliced, made])["block_parameters.ratio"]
+                        recorded(cell, {"removed": removed, **figures})
 
 
 @contextmanager
