@@ -133,6 +133,32 @@ def plan(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")
 
 
 @app.command()
+def profile(source: Annotated[str, typer.Argument(
+                metavar="MODEL|RECIPE", help="A recipe, or builtin:pico, a folder or a hub id.")],
+            settings: Set = None,
+            batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once.")] = None,
+            context: Annotated[int | None, typer.Option(
+                min=1, help="Tokens of the prompt, which decoding then sees.")] = None,
+            cache: Annotated[Path | None, typer.Option(
+                help="Where tables are kept; by default below the user's cache folder.")] = None,
+            force: Annotated[bool, typer.Option("--force", help="Measure again.")] = False,
+            as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
+            ) -> None:
+    """Time a model's attention and FFN at several widths on this machine; no weights are read."""
+    from dataclasses import asdict
+
+    from bipdeploy import api, console, screens
+
+    with console.bar("profile") as bar:
+        table = api.profile(source, settings or [], batch=batch, context=context, cache=cache,
+                            force=force, reporter=bar)
+    if as_json:
+        print(json.dumps(asdict(table)))
+    else:
+        screens.show_profile(table)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema, for completion in an editor."""
     from bipdeploy import recipe_file
@@ -154,7 +180,8 @@ def score(model: Model, out: Out, settings: Set = None) -> None:
 def prune(model: Model,
           scores: Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")],
           out: Out,
-          ratio: Annotated[float, typer.Option(help="Share of block parameters to remove.")],
+          ratio: Annotated[float | None, typer.Option(
+              help="Share of block parameters to remove; or --set prune.target=…")] = None,
           settings: Set = None) -> None:
     """Slice a model by its scores."""
     _one("prune", lambda api, bar: api.prune(model, scores, out, ratio, settings or [], bar))

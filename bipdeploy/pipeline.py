@@ -10,22 +10,23 @@ import importlib
 import os
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, sources, tasks
-from bipdeploy.allocation import uniform_widths
+from bipdeploy import artifacts, footprint, latency, sources, targets, tasks
+from bipdeploy.allocation import narrowest
 from bipdeploy.calibration import calibration_split, test_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
-from bipdeploy.families import architecture
+from bipdeploy.families import BlockWidths, architecture
 from bipdeploy.ort import installed
 from bipdeploy.recipe import Recipe
+from bipdeploy.recipe_target import ShapeSection
 from bipdeploy.stages.job import Job
 
 
@@ -68,6 +69,9 @@ STAGES: dict[str, Stage] = {
     "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
                                                  "evaluate", "bench", "gate")),
 }
+
+# Fields that no stage depends on.
+_PLANNED = {"model": ("shape",), "hardware": ("gpu",)}
 
 # Artefacts that are models: where they are below the run, the first that exists.
 _ARTEFACTS: dict[str, tuple[str, ...]] = {
@@ -117,11 +121,14 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     names = _selection(start, until)
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
-    preflight(recipe, dense)
+    preflight(recipe, config := read_config(dense))
     folder = runs / recipe.name
     _writable(folder)
+    widths = profiled(recipe, config, reporting)
     result = RunResult(folder)
     keys = stage_keys(recipe, dense)
+    footprint.require_space(recipe, config, widths, _due(names, folder, keys, force, start),
+                            folder)
     rerun = force
     for name in names:
         rerun = rerun or name == start
@@ -134,6 +141,26 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
         result.ran.append(name)
         _write_run_manifest(recipe, folder, dense, keys)
     return result
+
+
+def profiled(recipe: Recipe, config: Mapping[str, Any], reporting: Reporting | None = None
+             ) -> list[BlockWidths]:
+    """The widths to expect, uniform ones. The times that the target needs are measured first,
+    where no earlier run did. Raises InputError where the target cannot be met."""
+    key = targets.table_key(recipe, config)
+    if key and not latency.lookup(key):
+        profile = importlib.import_module("bipdeploy.measuring.profile")
+        with (reporting("profile") if reporting else nullcontext(Silent())) as reporter:
+            profile.obtain(key, config, recipe.model, reporter)
+    return targets.planned(recipe, config)[1]
+
+
+def _due(names: Sequence[str], folder: Path, keys: Mapping[str, str], force: bool,
+         start: str | None) -> list[str]:
+    """Those of the stages that will run; the others are reused."""
+    first = names.index(start) if start else len(names)
+    return [name for number, name in enumerate(names)
+            if force or number >= first or not intact(folder / name, keys[name])]
 
 
 def _selection(start: str | None, until: str | None) -> list[str]:
@@ -188,7 +215,9 @@ def _out_of_memory(name: str) -> StageError:
 
 def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
     """The key of every stage, and that of the dense model."""
-    keys = {"dense": sources.fingerprint(dense)}
+    wanted = targets.table_key(recipe, read_config(dense))
+    table = wanted and latency.lookup(wanted)
+    keys = {"dense": sources.fingerprint(dense), "profile": table.digest if table else ""}
     for name in STAGES:
         keys[name] = stage_key(name, recipe, keys)
     return keys
@@ -205,7 +234,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _plain(getattr(recipe, s)) for s in sections},
+        "sections": {s: _keyed(recipe, s) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -215,7 +244,17 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
             parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
     if stage.timed:
         parts["hardware"] = environment["hardware"]
+    if "prune" in stage.sections and recipe.prune.target and recipe.prune.target.timed:
+        parts["profile"] = keys.get("profile")
     return artifacts.digest(parts)
+
+
+def _keyed(recipe: Recipe, section: str) -> Any:
+    """A section without what only `bipdeploy plan` reads."""
+    plain = _plain(getattr(recipe, section))
+    for name in _PLANNED.get(section, ()):
+        plain.pop(name)
+    return plain
 
 
 def intact(folder: Path, key: str) -> bool:
@@ -237,11 +276,16 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
     return found
 
 
-def preflight(recipe: Recipe, dense: Path) -> None:
+def preflight(recipe: Recipe, config: Mapping[str, Any]) -> None:
     """Refuse what cannot work before the first expensive step. Raises InputError."""
-    arch = architecture(read_config(dense))
-    # What is too much for `uniform` is so for `global` and `adaptive`.
-    uniform_widths(arch, recipe.prune, tensor_parallel=recipe.hardware.tensor_parallel)
+    arch = architecture(config)
+    if recipe.model.shape:
+        _same_shape(config, recipe.model.shape)
+    key = targets.table_key(recipe, config)
+    if key and not latency.lookup(key):  # judged once the times are measured
+        narrowest(arch, recipe.prune, tensor_parallel=recipe.hardware.tensor_parallel)
+    else:
+        targets.planned(recipe, config)
     if recipe.calibration.tokens > arch.max_positions:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
                          f"model's maximum of {arch.max_positions}; lower it")
@@ -269,6 +313,20 @@ def preflight(recipe: Recipe, dense: Path) -> None:
                          "lower them")
 
 
+def _same_shape(config: Mapping[str, Any], shape: ShapeSection) -> None:
+    found, stated = architecture(config), architecture(shape.config)
+    for field, mine, real in (
+            ("model_type", stated.family.model_type, found.family.model_type),
+            *((name, getattr(stated, name), getattr(found, name))
+              for name in ("hidden", "head_dim", "vocabulary", "tied", "max_positions")),
+            ("blocks", len(stated.blocks), len(found.blocks)),
+            *((name, getattr(stated.blocks[0], name), getattr(found.blocks[0], name))
+              for name in ("heads", "kv_heads", "intermediate"))):
+        if mine != real:
+            raise InputError(f"model.shape.{field}: {mine} is not what the model's config.json "
+                             f"says, {real}; correct it, or leave model.shape out")
+
+
 def check_texts(recipe: Recipe) -> None:
     """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
     named = {"calibration.data": recipe.calibration.data}
@@ -288,7 +346,7 @@ def check_tasks(recipe: Recipe) -> None:
 def check_offline(recipe: Recipe) -> None:
     """All of `preflight` that needs no network: a model on the hub is not looked at."""
     if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
-        preflight(recipe, sources.model_folder(recipe.model.id))
+        preflight(recipe, read_config(sources.model_folder(recipe.model.id)))
     else:
         check_texts(recipe)
         check_tasks(recipe)

@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bipdeploy import console, summary
+from bipdeploy import console, latency, summary
+from bipdeploy.divisibility import counted
 from bipdeploy.pipeline import RunResult
 from bipdeploy.plan import Plan, Verdict, described
 from bipdeploy.summary import Row
@@ -68,6 +69,38 @@ def show_plan(plan: Plan) -> None:
     longest = max(len(verdict.requirement) for verdict in plan.verdicts)
     for verdict in plan.verdicts:
         console.out.print(f"{verdict.requirement:<{longest}}  {_verdict(verdict)}")
+
+
+def show_profile(table: latency.Table) -> None:
+    """Seconds of a block's parts by width, and of the rest, in both phases."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "width", *latency.PHASES):
+        shown.add_column(title, justify="right" if title else "left")
+    phases = [table.phases[phase] for phase in latency.PHASES]
+    for part, label in (("heads", "attention of a block, KV heads"), ("ffn", "FFN, channels")):
+        curves = [getattr(phase, part) for phase in phases]
+        for row, width in enumerate(curves[0].widths):
+            shown.add_row(label, str(width), *(_ms(curve.seconds[row]) for curve in curves))
+    shown.add_row("rest of the model", "", *(_ms(phase.rest) for phase in phases))
+    for kind, label in (("median", f"dense, {counted(table.depth, 'block')}"),
+                        ("low", "  lower quartile"), ("high", "  upper quartile")):
+        shown.add_row(label, "", *(_ms(phase.times["dense"][kind]) for phase in phases))
+    console.out.print(shown)
+    console.out.print()
+    for name, phase in table.phases.items():
+        check = phase.check
+        console.out.print(
+            f"{name}: a model of {check['kv_heads']:.0f} KV heads and {check['intermediate']:.0f} "
+            f"channels would take {_ms(check['predicted'])} by this table, and took "
+            f"{_ms(check['measured'])}")
+    on, key = table.measured_on, table.key
+    console.out.print(f"\nbatch {key['batch']}, context {key['context']}, {on['dtype']} on "
+                      f"{on['device']}, {counted(on['threads'], 'thread')}, {table.rounds} rounds, "
+                      f"{key['hardware']['cpu']}, {on['made']}", markup=False)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -16,12 +16,12 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job",
-     "tasks"),
+    ("recipe", "recipe_base", "recipe_bench", "recipe_target", "recipe_file", "gpus", "artifacts",
+     "figures", "console", "stages.job", "tasks"),
     ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
      "modeling."),
-    ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit", "exporters",
-     "exporters.", "ort", "ort.", "evaluation", "evaluation.", "measuring", "measuring.",
+    ("criteria.", "divisibility", "depth", "allocation", "cost", "latency", "targets", "footprint",
+     "search", "slicing", "refit", "exporters", "exporters.", "ort", "ort.", "evaluation", "evaluation.", "measuring", "measuring.",
      "serving", "serving.", "templates"),
     ("stages", "stages.", "summary"),
     ("pipeline", "plan", "generation"),
@@ -36,7 +36,9 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan"
          "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
          "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
          "serving.probe", "templates", "exporters", "exporters.portability", "ort",
-         "ort.installed", "ort.folder", "generation")
+         "ort.installed", "ort.folder", "generation", "recipe_base", "recipe_bench",
+         "recipe_target", "gpus", "cost", "latency", "targets", "footprint",
+         "measuring.cpu_peak")
 
 
 def layer(module: str) -> int:

@@ -17,7 +17,7 @@ from bipdeploy.families import architecture
 from bipdeploy.figures import compared
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
-from bipdeploy.recipe import OnnxBench, TorchBench
+from bipdeploy.recipe_bench import OnnxBench, TorchBench
 
 if TYPE_CHECKING:
     import torch
