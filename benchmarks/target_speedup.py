@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import bipdeploy
 from bipdeploy import api, artifacts, console
-from bipdeploy.measuring.timing import speedup
+from bipdeploy.measuring.timing import interleaved, speedup
 from bipdeploy.measuring.torch_bench import generate
 from bipdeploy.modeling import loading
 
@@ -44,8 +44,6 @@ def make(folder: Path) -> Path:
 def pairs(dense: torch.nn.Module, pruned: torch.nn.Module, ids: torch.Tensor,
           arguments: argparse.Namespace) -> dict:
     """Speed-ups of a pruned model: each round runs both, in alternating order."""
-    from bipdeploy.measuring.timing import interleaved
-
     times = interleaved({"dense": lambda: generate(dense, ids, arguments.new),
                          "pruned": lambda: generate(pruned, ids, arguments.new)},
                         arguments.rounds, 2)

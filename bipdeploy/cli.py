@@ -117,15 +117,22 @@ def generate(path: Annotated[str, typer.Argument(
 def plan(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
          settings: Set = None,
          runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
+         gpu: Annotated[str | None, typer.Option(
+             help="Estimate times on this GPU, such as H100; else hardware.gpu.")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="Plan as JSON on stdout.")] = False,
          ) -> None:
-    """Show what a recipe will make: sizes, widths and what they divide by; no weights are read."""
+    """Show what a recipe will make and cost, and what its widths divide by; no weights are read."""
     from dataclasses import asdict
 
+    from bipdeploy import gpus, recipe_file, screens
     from bipdeploy import plan as planning
-    from bipdeploy import recipe_file, screens
+    from bipdeploy.errors import InputError
 
-    made = planning.make(recipe_file.load(recipe, settings or []), runs)
+    try:
+        named = [f"hardware.gpu={gpus.find(gpu).name}"] if gpu else []
+    except ValueError as error:
+        raise InputError(f"--gpu: {error}") from error
+    made = planning.make(recipe_file.load(recipe, [*(settings or []), *named]), runs)
     if as_json:
         print(json.dumps(asdict(made)))
     else:

@@ -17,7 +17,7 @@ from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.recipe import Recipe
 
 _SHARD = 2 << 30  # what the checkpoint writer holds before it writes
-_OTHER = 8 << 20  # tokenizer, plots, manifests of a stage
+_OTHER = 2 << 20  # tokenizer, plots, manifests of a stage
 TEST_TOKENS = 300_000  # of a test text whose length the recipe does not say
 
 

@@ -35,4 +35,4 @@ def find(name: str) -> Gpu:
     for gpu in GPUS.values():
         if wanted in (gpu.name, gpu.name.replace(" ", "")):
             return gpu
-    raise ValueError(f"no GPU is called {name!r}{did_you_mean(name, GPUS)}")
+    raise ValueError(f"no GPU is called {name!r}{did_you_mean(wanted, GPUS)}")

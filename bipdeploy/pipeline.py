@@ -315,15 +315,15 @@ def preflight(recipe: Recipe, config: Mapping[str, Any]) -> None:
 
 def _same_shape(config: Mapping[str, Any], shape: ShapeSection) -> None:
     found, stated = architecture(config), architecture(shape.config)
-    for field, mine, real in (
+    for name, mine, real in (
             ("model_type", stated.family.model_type, found.family.model_type),
-            *((name, getattr(stated, name), getattr(found, name))
-              for name in ("hidden", "head_dim", "vocabulary", "tied", "max_positions")),
+            *((n, getattr(stated, n), getattr(found, n))
+              for n in ("hidden", "head_dim", "vocabulary", "tied", "max_positions")),
             ("blocks", len(stated.blocks), len(found.blocks)),
-            *((name, getattr(stated.blocks[0], name), getattr(found.blocks[0], name))
-              for name in ("heads", "kv_heads", "intermediate"))):
+            *((n, getattr(stated.blocks[0], n), getattr(found.blocks[0], n))
+              for n in ("heads", "kv_heads", "intermediate"))):
         if mine != real:
-            raise InputError(f"model.shape.{field}: {mine} is not what the model's config.json "
+            raise InputError(f"model.shape.{name}: {mine} is not what the model's config.json "
                              f"says, {real}; correct it, or leave model.shape out")
 
 

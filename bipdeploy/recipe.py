@@ -13,6 +13,7 @@ from bipdeploy.recipe_base import Section, Share
 from bipdeploy.recipe_bench import BenchSection
 from bipdeploy.recipe_target import ShapeSection, TargetSection
 
+
 class ModelSection(Section):
     """The dense model, and how it is loaded."""
 
@@ -148,7 +149,7 @@ class PruneSection(Section):
     @property
     def share(self) -> float | None:
         """The share of block parameters to remove, where that is what is asked for."""
-        return self.ratio or (self.target and self.target.parameters)
+        return self.target.parameters if self.target and self.ratio is None else self.ratio
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSection:

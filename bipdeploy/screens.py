@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bipdeploy import console, latency, summary
+from bipdeploy import console, footprint, latency, summary
 from bipdeploy.divisibility import counted
 from bipdeploy.pipeline import RunResult
 from bipdeploy.plan import Plan, Verdict, described
@@ -52,9 +52,21 @@ def _show_rows(rows: Sequence[Row], titles: Sequence[str]) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """Sizes, widths by block, and whether these divide."""
-    _show_rows(summary.rows(plan.figures, {}), ("dense", "pruned", "pruned / dense"))
+    """Sizes, costs, widths by block, whether these divide, and what a run would take."""
+    if plan.source == "shape":
+        console.out.print(f"config.json of {plan.model} cannot be had here: the sizes are those of "
+                          "model.shape.\n", markup=False)
+    _show_rows([*summary.rows(plan.figures, {}), *_cost_rows(plan)],
+               ("dense", "pruned", "pruned / dense"))
+    if plan.target:
+        target = plan.target
+        console.out.print(f"target   {target['kind']} {target['asked']:g}, reached "
+                          f"{target['reached']:.6g} (counted in {target['unit']})\n", markup=False)
     blocks = {"dense": plan.dense, "pruned": plan.pruned}
+    if plan.known == "unmeasured":
+        console.out.print("Widths depend on times of this machine: `bipdeploy profile RECIPE` "
+                          "measures them. Until then\nthese are what bytes (decode) or FLOPs "
+                          "(prefill) alone ask for.\n", markup=False)
     if plan.known == "budget":
         console.out.print("Widths depend on scores: they are known once score and prune have run. "
                           "Until then\nthe sizes are those of uniform widths at the same budget.\n")
@@ -69,6 +81,53 @@ def show_plan(plan: Plan) -> None:
     longest = max(len(verdict.requirement) for verdict in plan.verdicts)
     for verdict in plan.verdicts:
         console.out.print(f"{verdict.requirement:<{longest}}  {_verdict(verdict)}")
+    console.out.print()
+    _show_speeds(plan)
+    _show_stages(plan)
+
+
+def _cost_rows(plan: Plan) -> list[Row]:
+    labels: dict[str, tuple[str, Callable[[float], str]]] = {
+        "disk_bytes": ("On disk", summary.as_bytes),
+        "kv_cache_bytes": (f"KV cache, {plan.batch} x {plan.context} tokens", summary.as_bytes),
+        "prefill_flops_per_token": ("FLOPs/token, prefill", summary.as_count),
+        "decode_flops_per_token": ("FLOPs/token, decode", summary.as_count)}
+    return [Row(name, label, shown(plan.costs[name]["dense"]), shown(plan.costs[name]["pruned"]),
+                f"{plan.costs[name]['pruned'] / plan.costs[name]['dense']:.2f}x", "")
+            for name, (label, shown) in labels.items()]
+
+
+def _show_speeds(plan: Plan) -> None:
+    gains = plan.speedups
+    console.out.print(f"expected speed-up: {gains['memory_bound']:.2f} where memory bounds it "
+                      f"(decode), {gains['compute_bound']:.2f} where compute does (prefill)")
+    if plan.gpu and plan.roofline:
+        for phase in ("prefill", "decode"):
+            bound = plan.roofline[phase]
+            console.out.print(f"{phase} on {plan.gpu.name}, at least (roofline): "
+                              f"{_ms(bound['dense'])} dense, {_ms(bound['pruned'])} pruned")
+        share = plan.roofline["memory"]
+        console.out.print(f"weights and cache take {share['dense']:.0%} of its memory dense, "
+                          f"{share['pruned']:.0%} pruned ({plan.gpu.source})", markup=False)
+    console.out.print()
+
+
+def _show_stages(plan: Plan) -> None:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("stage, estimates", "writes", "peak memory", "time"):
+        shown.add_column(title, justify="left" if title[0] == "s" else "right")
+    for name, stage in plan.stages.items():
+        seconds = "" if stage.seconds is None else (
+            f"{stage.seconds:.2g} s" if stage.seconds < 100 else f"{stage.seconds / 60:.0f} min")
+        shown.add_row(name, summary.as_bytes(stage.writes), summary.as_bytes(stage.memory), seconds)
+    console.out.print(shown)
+    console.out.print(f"\nTimes: work over {plan.machine['name']}; loading and starting come on "
+                      f"top. A test text of\nunknown length counts as {footprint.TEST_TOKENS} "
+                      "tokens; zero-shot tasks and vLLM are left out.")
+    disk = plan.disk
+    word = "[red]does not fit[/]: " if disk["needed"] > disk["free"] else ""
+    console.out.print(f"disk     {word}{summary.as_bytes(disk['needed'])} needed, "
+                      f"{summary.as_bytes(disk['free'])} free")
 
 
 def show_profile(table: latency.Table) -> None:

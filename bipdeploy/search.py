@@ -154,10 +154,10 @@ def solve(arch: Architecture, curves: Sequence[Curve],
     taken = []
     for widths, sizes, costs in tables:
         totals = torch.full((len(widths), GRID + 1), torch.inf, dtype=torch.float64)
-        for row, (size, cost) in enumerate(zip(sizes, costs, strict=True)):
+        for row, (size, lost) in enumerate(zip(sizes, costs, strict=True)):
             steps = round(size / unit)
             if steps <= GRID:
-                totals[row, steps:] = best[:GRID + 1 - steps] + cost
+                totals[row, steps:] = best[:GRID + 1 - steps] + lost
         best, picked = totals.min(0)
         taken.append(picked)
     if not torch.isfinite(best[GRID]):  # by rounding alone: the smallest widths just fit

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import lru_cache
 
 from bipdeploy.errors import StageError
@@ -35,7 +36,7 @@ def _measure() -> dict[str, float]:
     return {"flops": 2 * rows ** 3 / multiplied, "bandwidth": 2 * source.nbytes / copied}
 
 
-def _best(work) -> float:  # type: ignore[no-untyped-def]
+def _best(work: Callable[[], object]) -> float:
     """The least seconds of several runs."""
     times = []
     for _ in range(5):

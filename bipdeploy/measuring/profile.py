@@ -53,11 +53,11 @@ def obtain(key: dict[str, Any], config: Mapping[str, Any], section: ModelSection
 
 @torch.inference_mode()
 def measure(key: dict[str, Any], config: Mapping[str, Any], section: ModelSection,
-            reporter: Reporter, rounds: int = ROUNDS, steps: int = STEPS) -> Table:
+            reporter: Reporter) -> Table:
     """Time every variant in interleaved rounds. Raises InputError where the context is too long."""
     began, arch = time.time(), architecture(config)
-    if key["context"] + steps + 1 > arch.max_positions:
-        raise InputError(f"a context of {key['context']} tokens and {steps + 1} timed ones pass "
+    if key["context"] + STEPS + 1 > arch.max_positions:
+        raise InputError(f"a context of {key['context']} tokens and {STEPS + 1} timed ones pass "
                          f"the model's maximum of {arch.max_positions}; lower the context")
     device = compute_device(section)
     dtype = compute_dtype(section, dict(config), device)
@@ -66,15 +66,16 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], section: ModelSectio
     depth = min(len(arch.blocks), max(_LEAST, _BYTES // size))
     variants = _variants(block)
     stack = Stack(config, arch, depth, dtype, device)
-    reporter.total(rounds + WARMUP, "rounds")
+    reporter.total(ROUNDS + WARMUP, "rounds")
     ids = torch.randint(arch.vocabulary, (key["batch"], key["context"]),
                         generator=torch.Generator().manual_seed(0)).to(device)
     models = {name: stack.model(widths) for name, widths in variants.items()}
-    runs = {name: partial(generate, model, ids, steps + 1) for name, model in models.items()}
-    times = interleaved(runs, rounds, WARMUP, reporter.advance)
+    runs = {name: partial(generate, models[name.partition("/")[0]], ids, STEPS + 1)
+            for name in _order(list(variants))}
+    times = pooled(interleaved(runs, ROUNDS, WARMUP, reporter.advance))
     phases = {phase: summarise({name: t[phase] for name, t in times.items()}, variants, depth)
               for phase in latency.PHASES}
-    return Table(json.loads(json.dumps(key)), phases, depth, rounds, round(time.time() - began, 1),
+    return Table(json.loads(json.dumps(key)), phases, depth, ROUNDS, round(time.time() - began, 1),
                  {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(),
                   "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                   "environment": artifacts.environment()})
@@ -95,10 +96,27 @@ def _variants(dense: BlockWidths) -> dict[str, BlockWidths]:
     return {**found, "check": replace(heads(third), intermediate=dense.intermediate * 2 // 3)}
 
 
-def spread(dense: int, parts: int, points: int = POINTS) -> list[int]:
-    """At most `points` widths, evenly spaced among the `parts` equal steps up to the dense one."""
+def _order(names: Sequence[str]) -> list[str]:
+    """The order of a round: the dense model, which all others are set against, comes thrice."""
+    others = [name for name in names if name != "dense"]
+    third = -(-len(others) // 3)
+    return [name for n in range(3)
+            for name in (f"dense/{n}", *others[n * third:(n + 1) * third])]
+
+
+def pooled(times: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Times by the name before the slash."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, measured in times.items():
+        for phase, values in measured.items():
+            found.setdefault(name.partition("/")[0], {}).setdefault(phase, []).extend(values)
+    return found
+
+
+def spread(dense: int, parts: int) -> list[int]:
+    """At most `POINTS` widths, evenly spaced among the `parts` equal steps up to the dense one."""
     last = parts - 1
-    steps = {round(i * last / (points - 1)) + 1 for i in range(points)} if parts > points else (
+    steps = {round(i * last / (POINTS - 1)) + 1 for i in range(POINTS)} if parts > POINTS else (
         range(1, parts + 1))
     return sorted({max(1, dense * step // parts) for step in steps})
 

@@ -81,7 +81,7 @@ def run(job: Job) -> None:
 def profiled(job: Job, dense: Checkpoint) -> Table | None:
     """The measured times that the target is about, from the cache or measured now."""
     key = targets.table_key(job.recipe, dense.config)
-    return key and profile.obtain(key, dense.config, job.recipe.model, job.reporter)
+    return profile.obtain(key, dense.config, job.recipe.model, job.reporter) if key else None
 
 
 def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores], target: Target | None
