@@ -5,7 +5,8 @@ deep as the model (or with as many blocks as fill `_BYTES`), so that the weights
 left the caches when it comes round again. All variants read the same memory: each takes the first
 rows' worth of every dense tensor's own region, as contiguous as in a real model. One part has its
 width changed in all blocks at once; what a block's part takes is its share of the difference to the
-model without that part.
+model without that part. On one CPU thread the clock is the process's own CPU time, which is the
+elapsed time of an idle machine: what else runs on a shared one does not count.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.recipe import ModelSection
 
 POINTS = 6  # widths of each part
-STEPS = 12  # decode steps timed in each round
-ROUNDS, WARMUP = 9, 1
+STEPS = 8  # decode steps timed in each round
+ROUNDS, WARMUP = 7, 1
 _BYTES = 4 << 30  # of the blocks that are timed; far above any last-level cache
 _LEAST = 4  # blocks, however large
 
@@ -70,13 +71,16 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], section: ModelSectio
     ids = torch.randint(arch.vocabulary, (key["batch"], key["context"]),
                         generator=torch.Generator().manual_seed(0)).to(device)
     models = {name: stack.model(widths) for name, widths in variants.items()}
-    runs = {name: partial(generate, models[name.partition("/")[0]], ids, STEPS + 1)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    runs = {name: partial(generate, models[name.partition("/")[0]], ids, STEPS + 1, clock)
             for name in _order(list(variants))}
     times = pooled(interleaved(runs, ROUNDS, WARMUP, reporter.advance))
     phases = {phase: summarise({name: t[phase] for name, t in times.items()}, variants, depth)
               for phase in latency.PHASES}
     return Table(json.loads(json.dumps(key)), phases, depth, ROUNDS, round(time.time() - began, 1),
                  {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(),
+                  "clock": clock.__name__,
                   "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                   "environment": artifacts.environment()})
 
