@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bipdeploy import artifacts, latency, pipeline, recipe_file, sources
+from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
 from bipdeploy.latency import Table
@@ -132,6 +133,7 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
     if "dense" in pipeline.STAGES[name].inputs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
                                                code=recipe.model.trust_remote_code)
+        Checkpoint(inputs["dense"]).verify()
     pipeline.run_stage(name, recipe, inputs, Path(out), "", reporter or Silent())
     return Path(out)
 

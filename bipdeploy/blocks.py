@@ -1,18 +1,20 @@
 """Walking a model block by block: load one, run it over all windows, free it.
 
-The whole model is never in memory: peak use is the embeddings, one block and the windows'
-hidden states. Shapes: B windows in a batch, T tokens, D hidden size, H query heads times
-head_dim, F FFN channels.
+The whole model is never in memory: peak use is the embedding table, or two blocks (the next is
+read while one runs), and the windows' hidden states. Shapes: B windows in a batch, T tokens,
+D hidden size, H query heads times head_dim, F FFN channels.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bipdeploy.activations import Batches, Keep
 from bipdeploy.checkpoint import Checkpoint, require_finite
 from bipdeploy.errors import InputError
 from bipdeploy.families import architecture, family_of
@@ -123,10 +125,10 @@ class BlockWalker:
     def __init__(self, folder: Path, section: ModelSection):
         import torch
 
+        self.device = compute_device(section)
         self.checkpoint = Checkpoint(folder)
         self.family = family_of(self.checkpoint.config)
         self.architecture = architecture(self.checkpoint.config)
-        self.device = compute_device(section)
         self.dtype = compute_dtype(section, self.checkpoint.config, self.device)
         self.config = loading.load_config(folder, trust_remote_code=section.trust_remote_code)
         self.config._attn_implementation = "sdpa"
@@ -135,46 +137,66 @@ class BlockWalker:
     def __len__(self) -> int:
         return len(self.architecture.blocks)
 
-    def embed(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    def embed(self, batches: list[torch.Tensor], keep: Keep = list) -> Batches:
         """Hidden states [B, T, D] of batches of token windows [B, T], on the compute device."""
         name = "model.embed_tokens.weight"
-        table = self._checked(self.checkpoint.tensors([name]), "")[name]
-        return [self._torch.nn.functional.embedding(windows.to(self.device), table)
-                for windows in batches]
+        # Rows are looked up as stored: the table is large, and few of them are needed.
+        table = self.checkpoint.tensors([name])
+        require_finite(table, self.checkpoint.folder)
+        return keep(self._torch.nn.functional.embedding(windows, table[name])
+                    .to(self.device, self.dtype) for windows in batches)
+
+    def bytes_of(self, windows: list[torch.Tensor]) -> int:
+        """Bytes of the hidden states of all windows."""
+        tokens = sum(batch.numel() for batch in windows)
+        return tokens * self.architecture.hidden * self.dtype.itemsize
 
     def head(self) -> torch.nn.Module:
         """The final norm and the output layer: hidden states [B, T, D] → logits [B, T, V]."""
         names = {"0.weight": "model.norm.weight", "1.weight": (
             "model.embed_tokens.weight" if self.architecture.tied else "lm_head.weight")}
-        tensors = self._checked(self.checkpoint.tensors(names.values()), "")
         norm = getattr(loading.family_module(self.family), f"{self.family.class_prefix}RMSNorm")
         with self._torch.device("meta"):
             head = self._torch.nn.Sequential(
                 norm(self.architecture.hidden, eps=self.config.rms_norm_eps),
                 self._torch.nn.Linear(self.architecture.hidden, self.architecture.vocabulary,
                                       bias=False))
-        head.load_state_dict({own: tensors[name] for own, name in names.items()}, assign=True)
+        head.load_state_dict({own: self._placed(name) for own, name in names.items()}, assign=True)
         return head.eval().requires_grad_(False)
 
     def block(self, index: int, tokens: int) -> Block:
         """Load block `index`, ready for windows of `tokens` tokens."""
-        tensors = self._checked(self.checkpoint.block(index), f"model.layers.{index}.")
+        prefix = f"model.layers.{index}."
+        tensors = {name.removeprefix(prefix): self._placed(name)
+                   for name in self.checkpoint.block_names(index)}
         with self._torch.device("meta"):
             layer = loading.layer_class(self.family, self.config)(self.config, index)
         report = layer.load_state_dict(tensors, strict=False, assign=True)
         if report.missing_keys:
-            raise InputError(f"{self.checkpoint.folder}: tensor model.layers.{index}."
+            raise InputError(f"{self.checkpoint.folder}: tensor {prefix}"
                              f"{report.missing_keys[0]} is missing")
         return Block(layer.eval(), self._forward_arguments(layer, tokens))
 
     def blocks(self, tokens: int) -> Iterator[Block]:
-        """All blocks in order, each freed when the next is asked for."""
-        for index in range(len(self)):
-            yield self.block(index, tokens)
+        """All blocks in order. While one is used the next is read; let go of it when you ask for
+        that."""
+        with ThreadPoolExecutor(1, thread_name_prefix="next-block") as reader:
+            ahead = reader.submit(self.block, 0, tokens)
+            for index in range(1, len(self) + 1):
+                block = ahead.result()
+                if index < len(self):
+                    ahead = reader.submit(self.block, index, tokens)
+                else:
+                    del ahead
+                yield block
+                del block
 
-    def _checked(self, tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-        placed = {name: t.to(self.device, self.dtype) for name, t in tensors.items()}
-        require_finite(placed, self.checkpoint.folder, prefix)
+    def _placed(self, name: str) -> torch.Tensor:
+        """A tensor on the compute device and in its type. Raises InputError where it is not
+        finite."""
+        tensor = self.checkpoint.entry(name).read(pinned=self.device.type == "cuda")
+        placed = tensor.to(self.device, non_blocking=True).to(self.dtype)
+        require_finite({name: placed}, self.checkpoint.folder)
         return placed
 
     def _forward_arguments(self, layer: torch.nn.Module, tokens: int) -> dict[str, Any]:

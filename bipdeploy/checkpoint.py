@@ -1,18 +1,21 @@
 """Checkpoints on disk: a folder with `config.json`, safetensors shards and a tokenizer.
 
-Weights are read tensor by tensor and written shard by shard, so a model larger than memory
-passes through. Pickled checkpoints are refused.
+Weights are read and written tensor by tensor, so a model larger than memory passes through.
+Pickled checkpoints are refused.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bipdeploy import tensor_file
 from bipdeploy.errors import InputError
+from bipdeploy.families import architecture
+from bipdeploy.tensor_file import Entry, TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -28,29 +31,36 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 
 class Checkpoint:
-    """A readable checkpoint folder. Opening it checks that every shard is there.
+    """A readable checkpoint folder. Opening it reads the header of every shard.
 
-    Raises InputError naming the file that is missing or damaged.
+    Raises InputError naming the file that is missing or damaged, or the tensor that is not there.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        self.files = self._weight_map()
+        self.entries = self._entries()
 
-    def _weight_map(self) -> dict[str, Path]:
+    def _entries(self) -> dict[str, Entry]:
         index = self.folder / INDEX
         if index.is_file():
             try:
-                named = dict(json.loads(index.read_text())["weight_map"])
+                named = {str(k): str(v) for k, v in
+                         dict(json.loads(index.read_text())["weight_map"]).items()}
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise InputError(f"{index} is damaged ({type(error).__name__}: {error}); copy it "
                                  "again") from error
-            missing = sorted({f for f in named.values() if not (self.folder / f).is_file()})
+            files = sorted(set(named.values()))
+            missing = [file for file in files if not (self.folder / file).is_file()]
             if missing:
                 raise InputError(f"{self.folder}: shard {missing[0]} is missing "
-                                 f"({len(missing)} of {len(set(named.values()))}); copy it again")
-            return {tensor: self.folder / file for tensor, file in named.items()}
+                                 f"({len(missing)} of {len(files)}); copy it again")
+            found = {file: tensor_file.entries(self.folder / file) for file in files}
+            for tensor, file in named.items():
+                if tensor not in found[file]:
+                    raise InputError(f"{self.folder / file} lacks tensor {tensor}, which {INDEX} "
+                                     "places there; copy it again")
+            return {tensor: found[file][tensor] for tensor, file in named.items()}
         single = self.folder / SINGLE
         if not single.is_file():
             pickled = sorted(p.name for p in self.folder.glob("*.bin"))
@@ -58,52 +68,49 @@ class Checkpoint:
                 raise InputError(f"{self.folder} has only pickled weights ({pickled[0]}), which "
                                  "are not opened; save the model as safetensors first")
             raise InputError(f"{self.folder} has no {SINGLE}")
-        with opened(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return tensor_file.entries(single)
 
     def verify(self) -> None:
-        """Open every shard, and find every tensor where the index places it.
+        """Compare every tensor's shape with what `config.json` asks for. Reads no weights.
 
-        Reads the shards' headers only. Raises InputError naming the file that is cut off, or the
-        tensor that is not there.
+        Raises InputError naming the tensor that is missing or of another shape.
         """
-        for path in sorted(set(self.files.values())):
-            with opened(path) as file:
-                _require(file, path, [name for name, at in self.files.items() if at == path])
+        for name, shape in architecture(self.config).tensors():
+            found = self.entry(name)
+            if found.shape != shape:
+                raise InputError(f"{found.path}: tensor {name} is {_times(found.shape)}, and by "
+                                 f"config.json it is {_times(shape)}; they belong to different "
+                                 "models, copy both again")
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor is. Raises InputError for an absent one."""
+        if name not in self.entries:
+            raise InputError(f"{self.folder}: tensor {name} is missing")
+        return self.entries[name]
 
     def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Load tensors by name, to the CPU and as stored. Raises InputError for an absent one."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            if name not in self.files:
-                raise InputError(f"{self.folder}: tensor {name} is missing")
-            by_file.setdefault(self.files[name], []).append(name)
-        loaded: dict[str, torch.Tensor] = {}
-        for path, wanted in by_file.items():
-            with opened(path) as file:
-                _require(file, path, wanted)
-                loaded |= {name: file.get_tensor(name) for name in wanted}
-        return loaded
+        return {name: self.entry(name).read() for name in names}
+
+    def block_names(self, index: int) -> list[str]:
+        """Full names of the tensors of one transformer block."""
+        prefix = f"model.layers.{index}."
+        # Older LLaMA checkpoints store the rotary frequencies, which are no weights.
+        return [n for n in self.entries
+                if n.startswith(prefix) and not n.endswith("rotary_emb.inv_freq")]
 
     def block(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of one transformer block, by their names within the block."""
-        prefix = f"model.layers.{index}."
-        # Older LLaMA checkpoints store the rotary frequencies, which are no weights.
-        full = self.tensors(n for n in self.files
-                            if n.startswith(prefix) and not n.endswith("rotary_emb.inv_freq"))
-        return {name.removeprefix(prefix): tensor for name, tensor in full.items()}
+        return {name.removeprefix(f"model.layers.{index}."): tensor
+                for name, tensor in self.tensors(self.block_names(index)).items()}
 
     def outside_blocks(self) -> list[str]:
         """Names of the tensors that belong to no block: embeddings, final norm, head."""
-        return [n for n in self.files if not n.startswith("model.layers.")]
+        return [n for n in self.entries if not n.startswith("model.layers.")]
 
 
-def _require(file: Any, path: Path, names: Iterable[str]) -> None:
-    """Raise InputError where an open shard lacks a tensor that the index places there."""
-    absent = set(names) - set(file.keys())
-    if absent:
-        raise InputError(f"{path} lacks tensor {min(absent)}, which {INDEX} places there; copy it "
-                         "again")
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], folder: Path, prefix: str = "") -> None:
@@ -140,55 +147,65 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 class CheckpointWriter:
-    """Writes a checkpoint folder tensor by tensor; shards close at `SHARD_BYTES`.
+    """Writes a checkpoint folder, each tensor as it comes; shards close at `SHARD_BYTES`.
 
     Use as a context manager: config, companions and the index are written on leaving.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], companions_from: Path):
         self.folder, self.config, self.source = folder, dict(config), companions_from
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
+        self._shards: list[TensorFile] = []
 
     def __enter__(self) -> CheckpointWriter:
         self.folder.mkdir(parents=True)
         return self
 
     def add(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
-        """Add tensors under `prefix`. They are made contiguous and moved to the CPU."""
+        """Write tensors under `prefix`, from any device."""
         for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            if self._pending and self._pending_bytes + size > SHARD_BYTES:
-                self._flush()
-            # A clone: views of one storage would each be written whole, or be refused.
-            self._pending[prefix + name] = tensor.detach().cpu().contiguous().clone()
-            self._pending_bytes += size
+            self._shard_for(prefix + name, tensor).add(prefix + name, tensor)
 
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
+    def add_outside_blocks(self, source: Checkpoint, *, finite: bool = False) -> None:
+        """Write what belongs to no block as it is in `source`, one tensor at a time.
 
-        number = len(self._shards) + 1
-        save_file(self._pending, self.folder / f"shard-{number:05d}.safetensors",
-                  metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._total += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+        `finite`: raise InputError where one holds NaN or infinity.
+        """
+        for name in source.outside_blocks():
+            tensors = source.tensors([name])
+            if finite:
+                require_finite(tensors, source.folder)
+            self.add(tensors)
+
+    def _shard_for(self, name: str, tensor: torch.Tensor) -> TensorFile:
+        """The open shard, or the next where this tensor would make it too large."""
+        if self._shards:
+            shard = self._shards[-1]
+            size = shard.size + tensor.numel() * tensor.element_size()
+            if size <= SHARD_BYTES and shard.room(name, tensor):
+                return shard
+            shard.close()
+        self._shards.append(TensorFile(self._path(len(self._shards) + 1)))
+        return self._shards[-1]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None:
+            if self._shards:
+                self._shards[-1].abandon()
             return
-        if self._pending:
-            self._flush()
+        if self._shards:
+            self._shards[-1].close()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
+        for number, shard in enumerate(self._shards, 1):
             final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{number:05d}.safetensors").rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
+            self._path(number).rename(self.folder / final)
+            weight_map |= dict.fromkeys(shard.names, final)
         if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(shard.size for shard in self._shards)},
+                     "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=1))
         write_companions(self.source, self.folder)
         (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")

@@ -7,7 +7,7 @@ same projection names, add a line to `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,38 @@ class Architecture:
         widths = blocks or self.blocks
         body = sum(self.block_parameters(i, w) for i, w in enumerate(widths))
         return body + self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor of a checkpoint by name, with its shape."""
+        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
+        for index, widths in enumerate(self.blocks):
+            for name, shape in self._block_tensors(widths):
+                yield f"model.layers.{index}.{name}", shape
+        yield "model.norm.weight", (self.hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
+
+    def _block_tensors(self, widths: BlockWidths) -> Iterator[tuple[str, tuple[int, ...]]]:
+        queries, keys = widths.heads * self.head_dim, widths.kv_heads * self.head_dim
+        matrices: list[tuple[str, int, int, bool]] = []
+        if widths.kv_heads:
+            yield "input_layernorm.weight", (self.hidden,)
+            matrices += [("self_attn.q_proj", queries, self.hidden, self.qkv_bias),
+                         ("self_attn.k_proj", keys, self.hidden, self.qkv_bias),
+                         ("self_attn.v_proj", keys, self.hidden, self.qkv_bias),
+                         ("self_attn.o_proj", self.hidden, queries, self.output_bias)]
+            if self.family.qk_norm:
+                yield "self_attn.q_norm.weight", (self.head_dim,)
+                yield "self_attn.k_norm.weight", (self.head_dim,)
+        if widths.intermediate:
+            yield "post_attention_layernorm.weight", (self.hidden,)
+            matrices += [("mlp.gate_proj", widths.intermediate, self.hidden, self.ffn_bias),
+                         ("mlp.up_proj", widths.intermediate, self.hidden, self.ffn_bias),
+                         ("mlp.down_proj", self.hidden, widths.intermediate, self.down_bias)]
+        for name, rows, columns, bias in matrices:
+            yield f"{name}.weight", (rows, columns)
+            if bias:
+                yield f"{name}.bias", (rows,)
 
     def kv_bytes_per_token(self, blocks: Sequence[BlockWidths] | None = None,
                            bytes_per_value: int = 2) -> int:

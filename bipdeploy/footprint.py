@@ -16,7 +16,6 @@ from bipdeploy.errors import StageError
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.recipe import Recipe
 
-_SHARD = 2 << 30  # what the checkpoint writer holds before it writes
 _OTHER = 2 << 20  # tokenizer, plots, manifests of a stage
 TEST_TOKENS = 300_000  # of a test text whose length the recipe does not say
 
@@ -84,14 +83,15 @@ def memory(s: Sizes) -> dict[str, float]:
     block = max(arch.block_parameters(i) for i in range(len(arch.blocks)))
     widest = max(arch.blocks, key=lambda w: w.intermediate)
     calibration = recipe.calibration
-    windows = calibration.samples * calibration.tokens * arch.hidden * value
+    windows = calibration.samples * calibration.tokens * arch.hidden * value * (
+        not calibration.spill)
     batch = calibration.batch * calibration.tokens * value * (
         4 * arch.hidden + 3 * widest.intermediate + 4 * widest.heads * arch.head_dim)
     walking = max(embeddings, block * value + batch) + 2 * windows
     gradients = recipe.score.criterion.startswith("taylor")
     scoring = walking + gradients * windows * len(arch.blocks)
     gram = 8 * 2 * max(widest.intermediate, widest.heads * arch.head_dim) ** 2
-    writing = min(_SHARD, s.weights) + s.stored * (arch.vocabulary * arch.hidden + 2 * block)
+    writing = s.stored * max(arch.vocabulary * arch.hidden, 2 * block)
     searching = 0.0
     if recipe.prune.layers == "searched":
         share = min(1.0, recipe.prune.search.windows / calibration.samples)

@@ -19,7 +19,7 @@ from typing import Any
 from bipdeploy import artifacts, footprint, latency, sources, targets, tasks
 from bipdeploy.allocation import narrowest
 from bipdeploy.calibration import calibration_split, test_split
-from bipdeploy.checkpoint import read_config
+from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
@@ -70,9 +70,6 @@ STAGES: dict[str, Stage] = {
                                                  "evaluate", "bench", "gate")),
 }
 
-# Fields that no stage depends on.
-_PLANNED = {"model": ("shape",), "hardware": ("gpu",)}
-
 # Artefacts that are models: where they are below the run, the first that exists.
 _ARTEFACTS: dict[str, tuple[str, ...]] = {
     "sliced": ("prune/model",),
@@ -122,6 +119,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
     preflight(recipe, config := read_config(dense))
+    Checkpoint(dense).verify()
     folder = runs / recipe.name
     _writable(folder)
     widths = profiled(recipe, config, reporting)
@@ -207,10 +205,19 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
             "sha256": artifacts.file_hashes(partial)})
 
 
+# What to change where a stage runs out of memory.
+_WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
+_SMALLER = {
+    "score": _WALKS, "recover": _WALKS,
+    "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
+    "export": "switch off the targets that are not needed; the model is loaded whole to check them",
+    "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
+    "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
+
+
 def _out_of_memory(name: str) -> StageError:
-    return StageError(f"stage {name} ran out of memory; lower calibration.batch, "
-                      "calibration.samples, evaluate.perplexity.batch, evaluate.zero_shot.batch "
-                      "or bench.torch.batch")
+    return StageError(f"stage {name} ran out of memory; "
+                      f"{_SMALLER.get(name, 'free some memory and run again')}")
 
 
 def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
@@ -234,7 +241,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _keyed(recipe, s) for s in sections},
+        "sections": {s: _plain(getattr(recipe, s), _NO_MATTER) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -247,14 +254,6 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     if "prune" in stage.sections and recipe.prune.target and recipe.prune.target.timed:
         parts["profile"] = keys.get("profile")
     return artifacts.digest(parts)
-
-
-def _keyed(recipe: Recipe, section: str) -> Any:
-    """A section without what only `bipdeploy plan` reads."""
-    plain = _plain(getattr(recipe, section))
-    for name in _PLANNED.get(section, ()):
-        plain.pop(name)
-    return plain
 
 
 def intact(folder: Path, key: str) -> bool:
@@ -346,7 +345,9 @@ def check_tasks(recipe: Recipe) -> None:
 def check_offline(recipe: Recipe) -> None:
     """All of `preflight` that needs no network: a model on the hub is not looked at."""
     if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
-        preflight(recipe, read_config(sources.model_folder(recipe.model.id)))
+        dense = sources.model_folder(recipe.model.id)
+        preflight(recipe, read_config(dense))
+        Checkpoint(dense).verify()
     else:
         check_texts(recipe)
         check_tasks(recipe)
@@ -376,10 +377,14 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
         "stages": stages})
 
 
-def _plain(value: Any) -> Any:
-    """Recipe values as JSON data."""
+# Fields that change no result: where things are kept, and what only a plan reads.
+_NO_MATTER = {"spill", "shape", "gpu"}
+
+
+def _plain(value: Any, without: set[str] | None = None) -> Any:
+    """Recipe values as JSON data, without some fields."""
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", exclude=without)
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return value

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+ROWS = 1024  # of a sum that are computed at once
+
 # What `ridge: auto` chooses from.
 RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -36,8 +38,11 @@ class RidgeProblem:
         # Products in float32, sums in float64: exact enough at GPU speed, as windows are short.
         z = z_NK.flatten(0, -2).float()
         residual = target_ND.flatten(0, -2).float() - z @ self.start_DK.float().T
-        self.gram_KK += (z.T @ z).double()
-        self.cross_KD += (z.T @ residual).double()
+        # By slices of rows: a whole product in both types would be larger than the sum.
+        for start in range(0, z.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            self.gram_KK[rows] += z[:, rows].T @ z
+            self.cross_KD[rows] += z[:, rows].T @ residual
         self.before += float(residual.double().square().sum())
 
     def absorb(self, other: RidgeProblem) -> None:
@@ -50,11 +55,12 @@ class RidgeProblem:
         """The refitted weight [D, K] in float64. `ridge` is relative to the mean of diag(Z'Z)."""
         scale = self.gram_KK.diagonal().mean().clamp_min(1e-12)
         # Never exactly zero: inputs that are always zero would make the system singular.
-        damping = max(ridge, 1e-10) * scale
-        system = self.gram_KK + damping * torch.eye(len(self.gram_KK), dtype=torch.float64,
-                                                    device=self.gram_KK.device)
-        update_KD = torch.linalg.solve(system, self.cross_KD)
-        return self.start_DK.double() + update_KD.T
+        diagonal = self.gram_KK.diagonal()
+        undamped = diagonal.clone()
+        diagonal += max(ridge, 1e-10) * scale  # in place: at 7B a copy would take a gigabyte
+        update_KD = torch.linalg.solve(self.gram_KK, self.cross_KD)
+        diagonal.copy_(undamped)
+        return update_KD.T.add_(self.start_DK)
 
     def error(self, weight_DK: torch.Tensor) -> float:
         """Squared error of any weight on the tokens seen, from the sums alone."""

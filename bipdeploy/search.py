@@ -12,13 +12,15 @@ Shapes: B windows in a batch, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
-from bipdeploy.allocation import BlockScores, keep
+from bipdeploy.activations import Batches, Keep, replace
+from bipdeploy.allocation import BlockScores
+from bipdeploy.allocation import keep as best
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.cost import Cost, parameters
 from bipdeploy.families import Architecture, BlockWidths
@@ -54,64 +56,69 @@ class Curve:
 @torch.no_grad()
 def measure(walker: BlockWalker, windows: list[torch.Tensor], scores: Sequence[BlockScores],
             widths: Callable[[int, str], Sequence[int]], *, refit: float | None,
-            advance: Callable[[], None] = lambda: None) -> list[Curve]:
+            advance: Callable[[], None] = lambda: None, keep: Keep = list) -> list[Curve]:
     """The curves of every part that may be pruned; `widths(block, part)` says at which widths.
 
     One walk: each variant joins at its block and is carried through all later ones, so that
     every block is loaded once. `refit`: the ridge with which the part's output projection is
     refitted to the dense one's output, None for none.
     """
-    tokens = windows[0].shape[1]
     curves: list[Curve] = []
-    dense = walker.embed(windows)
-    carried: list[tuple[Curve, list[torch.Tensor]]] = []
-    for index, block in enumerate(walker.blocks(tokens)):
-        carried = [(curve, [block(x) for x in hidden]) for curve, hidden in carried]
-        attended = [block.attention(x) if block.has_attention else None for x in dense]
-        u_dense = [a.u if a is not None else x for a, x in zip(attended, dense, strict=True)]
-        y_dense = u_dense
+    dense = walker.embed(windows, keep)
+    carried: list[tuple[Curve, Batches]] = []
+    for index, block in enumerate(walker.blocks(windows[0].shape[1])):
+        for _, hidden in carried:
+            replace(hidden, block)
+        u_dense = dense
         if block.has_attention:
             curve = Curve(index, "heads", list(widths(index, "heads")))
             curves.append(curve)
-            z = [a.z for a in attended if a is not None]
-            groups = walker.architecture.blocks[index].kv_heads
+            z = keep(block.attention(x).z for x in dense)
+            u_dense = keep(x + block.output(part) for x, part in zip(dense, z, strict=True))
+            size = block.output.in_features // walker.architecture.blocks[index].kv_heads
             for width in curve.widths:
-                columns = _columns(scores[index], width, "heads", z[0].shape[-1] // groups)
-                outputs = _reduced(block.output, z, columns, refit)
-                u = [x + out for x, out in zip(dense, outputs, strict=True)]
-                carried.append((curve, [x + block.ffn(x) if block.has_ffn else x for x in u]))
+                outputs = _reduced(block.output, z, _columns(scores[index], width, "heads", size),
+                                   refit)
+                carried.append((curve, keep(
+                    u + block.ffn(u) if block.has_ffn else u
+                    for u in (x + out for x, out in zip(dense, outputs, strict=True)))))
+        dense = u_dense
         if block.has_ffn:
             curve = Curve(index, "ffn", list(widths(index, "ffn")))
             curves.append(curve)
-            h = [gate * up for gate, up in (block.ffn_parts(u) for u in u_dense)]
-            y_dense = [u + block.down(part) for u, part in zip(u_dense, h, strict=True)]
+            h = keep(gate * up for gate, up in map(block.ffn_parts, u_dense))
             for width in curve.widths:
                 outputs = _reduced(block.down, h, _columns(scores[index], width, "ffn", 1), refit)
-                carried.append((curve, [u + out for u, out in zip(u_dense, outputs, strict=True)]))
-        dense = y_dense
+                carried.append((curve, keep(
+                    u + out for u, out in zip(u_dense, outputs, strict=True))))
+            dense = keep(u + block.down(part) for u, part in zip(u_dense, h, strict=True))
+        del block  # the walk reads the next but one now
         advance()
     head = walker.head()
-
-    def predicted_by(hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [head(x).float().log_softmax(-1) for x in hidden]
-
-    expected = predicted_by(dense)
-    for curve, hidden in carried:  # in the order of each curve's widths
-        curve.divergences.append(divergence(predicted_by(hidden), expected))
+    totals = [0.0] * len(carried)
+    for number in range(len(windows)):
+        expected = head(dense[number]).float().log_softmax(-1)
+        for variant, (_, hidden) in enumerate(carried):
+            totals[variant] += divergence(head(hidden[number]).float().log_softmax(-1), expected)
+    tokens = sum(batch.numel() for batch in windows)
+    for (curve, _), total in zip(carried, totals, strict=True):  # in the order of their widths
+        curve.divergences.append(total / tokens)
     return curves
 
 
 def _columns(scores: BlockScores, width: int, part: str, size: int) -> torch.Tensor:
     """Columns of the output projection that stay when the best `width` groups do."""
-    kept = keep(scores, BlockWidths(0, width, 0) if part == "heads" else BlockWidths(0, 0, width))
+    kept = best(scores, BlockWidths(0, width, 0) if part == "heads" else BlockWidths(0, 0, width))
     return expand(kept.groups if part == "heads" else kept.channels, size)
 
 
-def _reduced(projection: torch.nn.Linear, inputs: list[torch.Tensor], columns: torch.Tensor,
-             refit: float | None) -> list[torch.Tensor]:
+def _reduced(projection: torch.nn.Linear, inputs: Batches, columns: torch.Tensor,
+             refit: float | None) -> Iterator[torch.Tensor]:
     """What a projection gives from some of its inputs, refitted to what it gave from all."""
     if not len(columns):
-        return [torch.zeros_like(projection(z)) for z in inputs]
+        for z in inputs:
+            yield torch.zeros_like(projection(z))
+        return
     columns = columns.to(projection.weight.device)
     weight = projection.weight[:, columns]
     if refit is not None:
@@ -119,14 +126,15 @@ def _reduced(projection: torch.nn.Linear, inputs: list[torch.Tensor], columns: t
         for z in inputs:
             problem.see(z[..., columns], z @ projection.weight.T)
         weight = problem.solve(refit).to(weight.dtype)
-    return [torch.nn.functional.linear(z[..., columns], weight, projection.bias) for z in inputs]
+        del problem
+    for z in inputs:
+        yield torch.nn.functional.linear(z[..., columns], weight, projection.bias)
 
 
-def divergence(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Mean Kullback-Leibler divergence of log-probabilities from the expected ones, nats."""
-    total = sum(float((e.exp() * (e - f)).sum(dtype=torch.float64))
-                for f, e in zip(found, expected, strict=True))
-    return total / sum(e.shape[0] * e.shape[1] for e in expected)
+def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Kullback-Leibler divergence of log-probabilities from the expected ones, summed over
+    tokens, nats."""
+    return float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
 
 
 def solve(arch: Architecture, curves: Sequence[Curve],

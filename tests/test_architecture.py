@@ -18,8 +18,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
     ("recipe", "recipe_base", "recipe_bench", "recipe_target", "recipe_file", "gpus", "artifacts",
      "figures", "console", "stages.job", "tasks"),
-    ("data", "data.", "families", "checkpoint", "sources", "calibration", "blocks", "modeling",
-     "modeling."),
+    ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
+     "activations", "blocks", "modeling", "modeling."),
     ("criteria.", "divisibility", "depth", "allocation", "cost", "latency", "targets", "footprint",
      "search", "slicing", "refit", "elimination", "exporters", "exporters.", "ort", "ort.",
      "evaluation", "evaluation.", "measuring", "measuring.", "serving", "serving.", "templates"),
@@ -32,8 +32,9 @@ HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "nump
          "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
          "sources", "figures", "summary", "screens", "families", "divisibility", "depth",
-         "allocation", "calibration", "checkpoint", "criteria", "api", "data", "data.pydocs",
-         "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job", "stages.gate",
+         "allocation", "calibration", "tensor_file", "checkpoint", "criteria", "api", "data",
+         "data.pydocs", "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job",
+         "stages.gate",
          "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
          "serving.probe", "templates", "exporters", "exporters.portability", "ort",
          "ort.installed", "ort.folder", "generation", "recipe_base", "recipe_bench",

@@ -232,7 +232,7 @@ def statistics_of(model: Path) -> list[tuple[BlockView, torch.Tensor]]:
     for index, block in enumerate(walker.blocks(TOKENS)):
         widths = walker.architecture.blocks[index]
         statistics = Statistics(widths.kv_heads, ALL_STATISTICS, walker.config.rms_norm_eps)
-        hidden = [_see(block, x, statistics) for x in hidden]
+        hidden = [_see(block, statistics, x) for x in hidden]
         view = BlockView(block, statistics, widths.kv_heads, widths.intermediate, "bound",
                          torch.Generator())
         found.append((view, (statistics["measured"] / statistics.tokens).sqrt()))

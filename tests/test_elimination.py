@@ -80,7 +80,7 @@ def test_scores_are_relative_errors_of_the_block_output(variant):
     for block, x in blocks_in_double(variant):
         groups = 2
         statistics = Statistics(groups, needs, 1e-6)
-        y = _see(block, x, statistics)
+        y = _see(block, statistics, x)
         view = BlockView(block, statistics, groups, 96, "bound", torch.Generator())
         heads, ffn = influence(view)
         u = block.attention(x).u

@@ -22,7 +22,7 @@ def elements(tensors) -> int:
 
 def assert_counts_match(folder: Path) -> None:
     checkpoint, arch = Checkpoint(folder), architecture_of(folder)
-    assert arch.parameters() == elements(checkpoint.tensors(checkpoint.files))
+    assert arch.parameters() == elements(checkpoint.tensors(checkpoint.entries))
     for index in range(len(arch.blocks)):
         assert arch.block_parameters(index) == elements(checkpoint.block(index))
 
@@ -41,7 +41,7 @@ def test_parameters_at_given_widths_are_those_of_the_sliced_tensors(variant, tmp
     kept = draw_kept(arch, UNEVEN)
     sliced = Checkpoint(write_sliced(variant, tmp_path / "sliced", kept))
     widths = tuple(widths_of(arch, kept))
-    assert arch.parameters(widths) == elements(sliced.tensors(sliced.files))
+    assert arch.parameters(widths) == elements(sliced.tensors(sliced.entries))
     for index, own in enumerate(widths):
         assert arch.block_parameters(index, own) == elements(sliced.block(index))
 

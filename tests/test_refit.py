@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,8 @@ def test_a_refit_never_raises_the_error_of_a_block(variant, tmp_path, choice, ri
     for index in range(len(dense)):
         whole, block = dense.block(index, TOKENS), pruned.block(index, TOKENS)
         y_dense, y_before = [whole(x) for x in x_dense], [block(x) for x in x_pruned]
-        x_dense, y_after, record = refit_block(whole, block, x_dense, x_pruned, ridge, stored)
+        x_dense, y_after, record = refit_block(
+            partial(dense.block, index, TOKENS), block, x_dense, x_pruned, ridge, stored)
         assert relative_error(x_dense, y_dense) < 1e-10
         assert relative_error(y_after, [block(x) for x in x_pruned]) < 1e-10
         before, after = relative_error(y_before, y_dense), relative_error(y_after, y_dense)
@@ -187,7 +189,8 @@ def test_a_refit_equals_two_steps_of_least_squares(variant, tmp_path):
         other = pruned.block(index, TOKENS)
         refit_by_brute_force(whole, other, x_dense, x_pruned)
         wanted = [other(x) for x in x_pruned]
-        x_dense, x_pruned, _ = refit_block(whole, block, x_dense, x_pruned, 0.0, torch.float32)
+        x_dense, x_pruned, _ = refit_block(
+            partial(dense.block, index, TOKENS), block, x_dense, x_pruned, 0.0, torch.float32)
         assert relative_error(x_pruned, wanted) < 1e-6
         torch.testing.assert_close(block.output.weight, other.output.weight, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(block.down.weight, other.down.weight, rtol=1e-2, atol=1e-3)
@@ -199,7 +202,7 @@ def test_a_block_of_which_nothing_was_removed_stays(tiny):
     x = dense.embed(windows())
     block = same.block(0, TOKENS)
     before = {name: p.clone() for name, p in block.layer.named_parameters()}
-    _, y, record = refit_block(dense.block(0, TOKENS), block, x, x, 0.01, torch.float32)
+    _, y, record = refit_block(partial(dense.block, 0, TOKENS), block, x, x, 0.01, torch.float32)
     assert record["error_after"] <= record["error_before"] < 1e-10
     assert relative_error(y, [dense.block(0, TOKENS)(part) for part in x]) < 1e-10
     for name, parameter in block.layer.named_parameters():
@@ -212,7 +215,8 @@ def test_a_type_too_coarse_to_repair_in_keeps_the_weights(tiny):
     dense, same = walkers(tiny, tiny)
     x, block = dense.embed(windows()), same.block(0, TOKENS)
     before = {name: p.clone() for name, p in block.layer.named_parameters()}
-    _, y, record = refit_block(dense.block(0, TOKENS), block, x, x, 0.01, torch.float8_e4m3fn)
+    _, y, record = refit_block(partial(dense.block, 0, TOKENS), block, x, x, 0.01,
+                               torch.float8_e4m3fn)
     assert record["error_after"] <= record["error_before"]
     assert all(torch.equal(p, before[name]) for name, p in block.layer.named_parameters())
     assert relative_error(y, [block(part) for part in x]) == 0
@@ -314,8 +318,8 @@ def test_auto_takes_the_ridge_that_fits_the_held_back_windows_best(variant, tmp_
                 torch.cat([outputs, weight * start.double().T])).solution
             errors[ridge] = float((torch.cat(z[-held:]) @ solved
                                    - torch.cat(wanted[-held:])).square().sum())
-        x_dense, x_pruned, record = refit_block(whole, block, x_dense, x_pruned, "auto",
-                                                torch.float32, held)
+        x_dense, x_pruned, record = refit_block(
+            partial(dense.block, index, 16), block, x_dense, x_pruned, "auto", torch.float32, held)
         assert record["ridge_attention"] == min(errors, key=lambda ridge: errors[ridge])
         assert record["ridge_ffn"] in RIDGES
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bipdeploy import api, artifacts, search
-from bipdeploy.allocation import BlockScores, part_widths
+from bipdeploy.allocation import BlockScores, keep, part_widths
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.divisibility import faults
 from bipdeploy.families import BlockWidths
@@ -51,8 +51,8 @@ def test_divergence_is_that_of_the_dense_model_with_the_groups_masked(variant, p
         scores, lambda block, p: [width] if (block, p) == (1, part) else [], refit=None)
     curve = next(c for c in curves if (c.block, c.part) == (1, part))
     kept = draw_kept(arch, [(w.kv_heads, w.intermediate) for w in arch.blocks])
-    best = search.keep(scores[1], BlockWidths(0, width, arch.blocks[1].intermediate)
-                       if part == "heads" else BlockWidths(0, arch.blocks[1].kv_heads, width))
+    best = keep(scores[1], BlockWidths(0, width, arch.blocks[1].intermediate)
+                if part == "heads" else BlockWidths(0, arch.blocks[1].kv_heads, width))
     masked = logits(masked_model(variant, [kept[0], best, *kept[2:]]), ids).log_softmax(-1)
     expected = logits(loaded(variant), ids).log_softmax(-1)
     by_hand = float((expected.exp() * (expected - masked)).sum(-1).mean())

@@ -321,5 +321,5 @@ def test_names_and_types_of_tensors_are_unchanged(tmp_path):
     kept = draw_kept(architecture_of(source), CHOICES["per-block"])
     dense = Checkpoint(source)
     sliced = Checkpoint(write_sliced(source, tmp_path / "sliced", kept))
-    assert dense.files.keys() == sliced.files.keys()
-    assert {t.dtype for t in sliced.tensors(sliced.files).values()} == {torch.bfloat16}
+    assert dense.entries.keys() == sliced.entries.keys()
+    assert {t.dtype for t in sliced.tensors(sliced.entries).values()} == {torch.bfloat16}

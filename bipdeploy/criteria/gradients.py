@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import cross_entropy
 
+from bipdeploy.activations import Batches
 from bipdeploy.blocks import Block, BlockWalker
 
 COUPLED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
@@ -22,7 +23,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def blocks_backwards(walker: BlockWalker, windows: list[torch.Tensor],
-                     inputs: list[list[torch.Tensor]]) -> Iterator[tuple[int, Block, Gradients]]:
+                     inputs: list[Batches]) -> Iterator[tuple[int, Block, Gradients]]:
     """Every block from the last to the first: its index, itself, its weights' gradients (float32).
 
     windows: batches of tokens [B, T]. inputs: for each block its inputs by batch [B, T, D], then

@@ -60,10 +60,10 @@ def write(source: Checkpoint, out: Path, tensor_parallel: int) -> None:
     if config == source.config:
         copy_checkpoint(source, out)
     else:
-        dtype = source.tensors([source.outside_blocks()[0]]).popitem()[1].dtype
+        dtype = source.entry(source.outside_blocks()[0]).dtype
         removed = config.get(ZERO_ATTENTION, [])
         with CheckpointWriter(out, config, source.folder) as writer:
-            writer.add(source.tensors(source.outside_blocks()))
+            writer.add_outside_blocks(source)
             for index in range(len(arch.blocks)):
                 writer.add(source.block(index), f"model.layers.{index}.")
                 if index in removed:

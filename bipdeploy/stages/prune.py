@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from bipdeploy import artifacts, search, targets
+from bipdeploy.activations import keeping
 from bipdeploy.allocation import BlockScores, allocate, keep, part_widths, uniform_widths
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter, require_finite
+from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
 from bipdeploy.latency import Table
@@ -57,9 +58,7 @@ def run(job: Job) -> None:
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
-        outside = dense.tensors(dense.outside_blocks())
-        require_finite(outside, dense.folder)  # scoring reads no final norm and no head
-        writer.add(outside)
+        writer.add_outside_blocks(dense, finite=True)  # scoring reads no final norm and no head
         for index, choice in enumerate(kept):
             writer.add(slice_block(dense.block(index), arch, index, choice),
                        f"model.layers.{index}.")
@@ -97,11 +96,14 @@ def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores], target
     ridge = recipe.recover.refit.ridge
     ridge = SEARCH_RIDGE if ridge == "auto" else ridge
     job.reporter.total(len(arch.blocks), "blocks searched")
-    curves = search.measure(
-        walker, windows, scores,
-        lambda block, part: search.spaced(choices(block, part), section.search.points),
-        refit=ridge if recipe.recover.method == "refit" else None,
-        advance=job.reporter.advance)
+    variants = 2 * section.search.points * len(arch.blocks)
+    with keeping(job.out, recipe.calibration.spill,
+                 (variants + 8) * walker.bytes_of(windows)) as kept:
+        curves = search.measure(
+            walker, windows, scores,
+            lambda block, part: search.spaced(choices(block, part), section.search.points),
+            refit=ridge if recipe.recover.method == "refit" else None,
+            advance=job.reporter.advance, keep=kept)
     if target:
         widths = search.solve_within(arch, curves, choices, target.limit, target.cost)
     else:

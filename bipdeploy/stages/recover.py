@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from bipdeploy.activations import Batches, Keep, keeping
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import CheckpointWriter
@@ -46,22 +48,24 @@ def refit(job: Job) -> dict[str, Any]:
     if ridge == "auto":
         windows, held = hold_back(windows)
     tokens = windows[0].shape[1]
-    x_dense, x_pruned = dense.embed(windows), pruned.embed(windows)
     errors = []
     source = pruned.checkpoint
-    with CheckpointWriter(job.out / "model", source.config, source.folder) as writer:
-        writer.add(source.tensors(source.outside_blocks()))
+    with (keeping(job.out, recipe.calibration.spill, 4 * dense.bytes_of(windows)) as keep,
+          CheckpointWriter(job.out / "model", source.config, source.folder) as writer):
+        x_dense, x_pruned = dense.embed(windows, keep), pruned.embed(windows, keep)
+        writer.add_outside_blocks(source)
         for index in range(len(dense)):
-            block = pruned.block(index, tokens)
-            stored = source.block(index)
+            block, names = pruned.block(index, tokens), source.block_names(index)
             x_dense, x_pruned, record = refit_block(
-                dense.block(index, tokens), block, x_dense, x_pruned, ridge,
-                next((t.dtype for t in stored.values()), pruned.dtype), held)
+                partial(dense.block, index, tokens), block, x_dense, x_pruned, ridge,
+                source.entry(names[0]).dtype if names else pruned.dtype, held, keep)
+            stored = source.block(index)
             for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
                 module, key = getattr(block.layer, part), f"{part}.{name}.weight"
                 if module is not None:
                     stored[key] = getattr(module, name).weight.to(stored[key].dtype)
             writer.add(stored, f"model.layers.{index}.")
+            del block, stored
             errors.append({"block": index, **record})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
@@ -79,46 +83,100 @@ def hold_back(windows: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
     return [*together[:-count].split(len(windows[0])), *held], len(held)
 
 
-def refit_block(dense: Block, pruned: Block, x_dense: list[torch.Tensor],
-                x_pruned: list[torch.Tensor], ridge: float | Literal["auto"],
-                stored: torch.dtype, held: int = 0
-                ) -> tuple[list[torch.Tensor], list[torch.Tensor], dict[str, float]]:
+def refit_block(dense: Callable[[], Block], pruned: Block, x_dense: Batches, x_pruned: Batches,
+                ridge: float | Literal["auto"], stored: torch.dtype, held: int = 0,
+                keep: Keep = list) -> tuple[Batches, Batches, dict[str, float]]:
     """Refit one pruned block in place; x_*: its inputs, batches of [B, T, D].
 
-    `ridge: auto` judges by the last `held` batches. Returns the outputs of the dense block, those
-    of the refitted one, and the relative squared error of the block's output before and after,
-    with the ridges that were chosen. Where the refit would raise that error (it can,
-    when the weights' type is coarse), the block keeps the weights it had.
+    `dense` loads the dense block, which is let go before anything is solved. `ridge: auto` judges
+    by the last `held` batches. Returns the outputs of the dense block, those of the refitted one,
+    and the relative squared error of the block's output before and after, with the ridges that
+    were chosen. Where the refit would raise that error (it can, when the weights' type is coarse),
+    the block keeps the weights it had.
+
+    Three passes, so that no batch's inputs of a projection outlive it: one through both blocks as
+    they are, one for each weight that is new.
     """
-    u_dense = [dense.attention(x).u if dense.has_attention else x for x in x_dense]
-    y_dense = [u + dense.ffn(u) if dense.has_ffn else u for u in u_dense]
-    unrepaired = [pruned(x) for x in x_pruned]
-    energy = sum(float(y.double().square().sum()) for y in y_dense)
-    before = _squared_error(unrepaired, y_dense) / energy
+    energy = before = after = 0.0
     original = {name: p.data.clone() for name, p in pruned.layer.named_parameters()
                 if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
+    fitted = len(x_pruned) - held
+    attention = Repair(pruned.output, fitted) if pruned.has_attention else None
 
-    u_pruned, chosen = x_pruned, {}
-    if pruned.has_attention:
-        z = [pruned.attention(x).z for x in x_pruned]
-        chosen["ridge_attention"] = _solve(
-            pruned.output, z, [u - x for u, x in zip(u_dense, x_pruned, strict=True)], ridge,
-            stored, held)
-        u_pruned = [x + pruned.output(part) for x, part in zip(x_pruned, z, strict=True)]
-    y_pruned = u_pruned
+    def as_they_are() -> Iterator[torch.Tensor]:
+        nonlocal energy, before
+        whole = dense()
+        for number, (x, x_own) in enumerate(zip(x_dense, x_pruned, strict=True)):
+            u = whole.attention(x).u if whole.has_attention else x
+            y = u + whole.ffn(u) if whole.has_ffn else u
+            u_own = x_own
+            if attention is not None:
+                own = pruned.attention(x_own)
+                u_own = own.u
+                attention.see(number, own.z, u - x_own)
+            y_own = u_own + pruned.ffn(u_own) if pruned.has_ffn else u_own
+            energy, before = energy + _squares(y), before + _squares(y_own - y)
+            yield y
+
+    def repaired() -> Iterator[torch.Tensor]:
+        nonlocal after
+        for x_own, y in zip(x_pruned, y_dense, strict=True):
+            y_own = pruned(x_own)
+            after += _squares(y_own - y)
+            yield y_own
+
+    chosen = {}
+    y_dense = keep(as_they_are())
+    if attention is not None:
+        chosen["ridge_attention"] = attention.solve(ridge, stored)
+    attention = None  # its sums make room for the next
     if pruned.has_ffn:
-        h = [gate * up for gate, up in (pruned.ffn_parts(u) for u in u_pruned)]
-        chosen["ridge_ffn"] = _solve(
-            pruned.down, h, [y - u for y, u in zip(y_dense, u_pruned, strict=True)], ridge,
-            stored, held)
-        y_pruned = [u + pruned.down(part) for u, part in zip(u_pruned, h, strict=True)]
-    after = _squared_error(y_pruned, y_dense) / energy
+        ffn = Repair(pruned.down, fitted)
+        for number, (x_own, y) in enumerate(zip(x_pruned, y_dense, strict=True)):
+            u_own = pruned.attention(x_own).u if pruned.has_attention else x_own
+            gate, up = pruned.ffn_parts(u_own)
+            ffn.see(number, gate * up, y - u_own)
+        chosen["ridge_ffn"] = ffn.solve(ridge, stored)
+        del ffn
+    y_pruned = keep(repaired())
     if not after <= before:
         for name, weight in original.items():
             pruned.layer.get_parameter(name).data.copy_(weight)
-        y_pruned, after = unrepaired, before
-    return y_dense, y_pruned, {"error_before": before, "error_after": after,
+        y_pruned, after = keep(pruned(x) for x in x_pruned), before
+    return y_dense, y_pruned, {"error_before": before / energy, "error_after": after / energy,
                                **(chosen if ridge == "auto" else {})}
+
+
+class Repair:
+    """A projection that is being refitted: to the first `fitted` batches, then to all."""
+
+    def __init__(self, projection: torch.nn.Linear, fitted: int):
+        self.projection, self._fitted = projection, fitted
+        self._problem = RidgeProblem(projection.weight)
+        self._held_back: RidgeProblem | None = None
+
+    def see(self, number: int, inputs: torch.Tensor, target: torch.Tensor) -> None:
+        """Take in batch `number`: the projection's inputs, and what its output should be."""
+        if self.projection.bias is not None:
+            target = target - self.projection.bias
+        if number < self._fitted:
+            self._problem.see(inputs, target)
+        else:
+            self._held_back = self._held_back or RidgeProblem(self.projection.weight)
+            self._held_back.see(inputs, target)
+
+    def solve(self, ridge: float | Literal["auto"], stored: torch.dtype) -> float:
+        """Refit the projection in place, its bias left as it is, rounded to the stored type.
+
+        Returns the ridge. What `auto` chose on the held-back batches is used on all of them.
+        """
+        if ridge == "auto":
+            assert self._held_back is not None
+            ridge = best_ridge(self._problem, self._held_back)
+            self._problem.absorb(self._held_back)
+        weight = self._problem.solve(ridge).to(stored)
+        self.projection.weight.data = weight.to(self.projection.weight.dtype)
+        return ridge
 
 
 @torch.no_grad()
@@ -133,16 +191,17 @@ def bias(job: Job) -> dict[str, Any]:
     job.reporter.total(len(dense), "blocks")
     windows, provenance = calibration_batches(
         job.recipe, job.inputs["dense"], dense.architecture.max_positions)
-    tokens, hidden = windows[0].shape[1], dense.embed(windows)
-    source = pruned.checkpoint
+    tokens, source = windows[0].shape[1], pruned.checkpoint
     config = biased_config(source.config, pruned.architecture)
     arch = architecture(config)
     errors = []
-    with CheckpointWriter(job.out / "model", config, source.folder) as writer:
-        writer.add(source.tensors(source.outside_blocks()))
+    with (keeping(job.out, job.recipe.calibration.spill, 2 * dense.bytes_of(windows)) as keep,
+          CheckpointWriter(job.out / "model", config, source.folder) as writer):
+        hidden = dense.embed(windows, keep)
+        writer.add_outside_blocks(source)
         for index in range(len(dense)):
             hidden, added, record = bias_block(
-                dense.block(index, tokens), pruned.block(index, tokens), hidden)
+                dense.block(index, tokens), pruned.block(index, tokens), hidden, keep)
             writer.add(add_biases(source.block(index), arch, added), f"model.layers.{index}.")
             errors.append({"block": index, **record})
             job.reporter.advance()
@@ -150,72 +209,54 @@ def bias(job: Job) -> dict[str, Any]:
     return {"calibration": provenance, "blocks": errors}
 
 
-def bias_block(dense: Block, pruned: Block, hidden: list[torch.Tensor]
-               ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], dict[str, float]]:
+def bias_block(dense: Block, pruned: Block, hidden: Batches, keep: Keep = list
+               ) -> tuple[Batches, dict[str, torch.Tensor], dict[str, float]]:
     """Add biases to a pruned block in place; hidden: the dense block's inputs, as [B, T, D].
 
     Returns the dense block's outputs, what was added by tensor name, and the relative squared
     error of the pruned block's outputs on these inputs before and after.
     """
-    unrepaired = [pruned(x) for x in hidden]
-    added, u_dense = {}, hidden
-    if dense.has_attention:
-        attended = [dense.attention(x) for x in hidden]
-        u_dense = [a.u for a in attended]
-        if pruned.has_attention:
-            added["self_attn.o_proj.bias"] = _shift(
-                dense.output, pruned.output, [a.z for a in attended],
-                [pruned.attention(x).z for x in hidden])
-    y_dense = u_dense
-    if dense.has_ffn:
-        whole = [gate * up for gate, up in map(dense.ffn_parts, u_dense)]
-        y_dense = [u + dense.down(h) for u, h in zip(u_dense, whole, strict=True)]
-        if pruned.has_ffn:
-            added["mlp.down_proj.bias"] = _shift(
-                dense.down, pruned.down, whole,
-                [gate * up for gate, up in map(pruned.ffn_parts, u_dense)])
-    repaired = [pruned(x) for x in hidden]
-    energy = sum(float(y.double().square().sum()) for y in y_dense)
-    return y_dense, added, {"error_before": _squared_error(unrepaired, y_dense) / energy,
-                            "error_after": _squared_error(repaired, y_dense) / energy}
+    energy = before = after = 0.0
+    shifts: dict[torch.nn.Linear, MeanShift] = {}
+    if dense.has_attention and pruned.has_attention:
+        shifts[pruned.output] = MeanShift(dense.output.weight, pruned.output.weight)
+    if dense.has_ffn and pruned.has_ffn:
+        shifts[pruned.down] = MeanShift(dense.down.weight, pruned.down.weight)
+
+    def as_they_are() -> Iterator[torch.Tensor]:
+        nonlocal energy, before
+        for x in hidden:
+            y = u = x
+            if dense.has_attention:
+                attended = dense.attention(x)
+                y = u = attended.u
+                if pruned.has_attention:
+                    shifts[pruned.output].see(attended.z, pruned.attention(x).z)
+            if dense.has_ffn:
+                h = _product(dense.ffn_parts(u))
+                y = u + dense.down(h)
+                if pruned.has_ffn:
+                    shifts[pruned.down].see(h, _product(pruned.ffn_parts(u)))
+            energy, before = energy + _squares(y), before + _squares(pruned(x) - y)
+            yield y
+
+    y_dense, added = keep(as_they_are()), {}
+    names = {module: name for name, module in pruned.layer.named_modules()}
+    for projection, shift in shifts.items():
+        own = added[f"{names[projection]}.bias"] = shift.bias()
+        old = 0.0 if projection.bias is None else projection.bias
+        projection.bias = torch.nn.Parameter((old + own).to(projection.weight.dtype))
+    for x, y in zip(hidden, y_dense, strict=True):
+        after += _squares(pruned(x) - y)
+    return y_dense, added, {"error_before": before / energy, "error_after": after / energy}
 
 
-def _shift(whole: torch.nn.Linear, sliced: torch.nn.Linear, inputs: list[torch.Tensor],
-           kept: list[torch.Tensor]) -> torch.Tensor:
-    """Add the mean output of the inputs that are gone to the bias, in place; returns it."""
-    shift = MeanShift(whole.weight, sliced.weight)
-    for whole_input, sliced_input in zip(inputs, kept, strict=True):
-        shift.see(whole_input, sliced_input)
-    added = shift.bias()
-    old = 0.0 if sliced.bias is None else sliced.bias
-    sliced.bias = torch.nn.Parameter((old + added).to(sliced.weight.dtype))
-    return added
+def _product(parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return parts[0] * parts[1]
 
 
-def _solve(projection: torch.nn.Linear, inputs: list[torch.Tensor], targets: list[torch.Tensor],
-           ridge: float | Literal["auto"], stored: torch.dtype, held: int) -> float:
-    """Refit a projection in place, its bias left as it is, rounded to the stored type.
-
-    Returns the ridge. What `auto` chose on the held-back batches is used on all of them.
-    """
-    problem = RidgeProblem(projection.weight)
-    bias = projection.bias if projection.bias is not None else 0.0
-    batches = [(z, target - bias) for z, target in zip(inputs, targets, strict=True)]
-    for z, target in batches[:len(batches) - held]:
-        problem.see(z, target)
-    if ridge == "auto":
-        held_back = RidgeProblem(projection.weight)
-        for z, target in batches[len(batches) - held:]:
-            held_back.see(z, target)
-        ridge = best_ridge(problem, held_back)
-        problem.absorb(held_back)
-    weight = problem.solve(ridge).to(stored)
-    projection.weight.data = weight.to(projection.weight.dtype)
-    return ridge
-
-
-def _squared_error(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return sum(float((x - y).double().square().sum()) for x, y in zip(a, b, strict=True))
+def _squares(x: torch.Tensor) -> float:
+    return float(x.double().square().sum())
 
 
 METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {

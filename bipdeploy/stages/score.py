@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from bipdeploy.activations import Batches, Keep, keeping, replace
 from bipdeploy.allocation import BlockScores
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
@@ -45,7 +47,9 @@ def run(job: Job) -> None:
     job.reporter.total(len(walker) * (2 if "gradients" in criterion.needs else 1), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
-    walked = score_blocks(walker, windows, recipe, job)
+    lists = len(walker) + 2 if "gradients" in criterion.needs else 1
+    with keeping(job.out, recipe.calibration.spill, lists * walker.bytes_of(windows)) as keep:
+        walked = score_blocks(walker, windows, recipe, job, keep)
     tensors: dict[str, torch.Tensor] = {}
     for index, ((heads, ffn), influence) in enumerate(
             zip(walked.scores, walked.influence, strict=True)):
@@ -61,28 +65,28 @@ def run(job: Job) -> None:
 
 @torch.no_grad()
 def score_blocks(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe,
-                 job: Job | None = None) -> Walked:
+                 job: Job | None = None, keep: Keep = list) -> Walked:
     """Scores and influence of every block; a criterion that needs gradients walks back too."""
-    inputs: list[list[torch.Tensor]] = []
-    walked = _forwards(walker, windows, recipe, job, inputs)
+    inputs: list[Batches] = []
+    walked = _forwards(walker, windows, recipe, job, inputs, keep)
     if inputs:
         walked.scores.extend(_backwards(walker, windows, recipe, job, inputs))
     return walked
 
 
 def _forwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, job: Job | None,
-              inputs: list[list[torch.Tensor]]) -> Walked:
+              inputs: list[Batches], keep: Keep) -> Walked:
     """The walk that collects statistics. What a walk back reads goes to `inputs`, on the CPU."""
     criterion = CRITERIA[recipe.score.criterion]
     function, needs = criterion.load(), criterion.statistics(recipe.score.propagation)
     generator = torch.Generator().manual_seed(recipe.seed)
-    hidden, walked = walker.embed(windows), Walked([], [], [])
+    hidden, walked = walker.embed(windows, keep), Walked([], [], [])
     for index, block in enumerate(walker.blocks(windows[0].shape[1])):
         widths = walker.architecture.blocks[index]
         if "gradients" in needs:
-            inputs.append([x.cpu() for x in hidden])
+            inputs.append(keep(x.cpu() for x in hidden))
         statistics = Statistics(widths.kv_heads, needs, walker.config.rms_norm_eps)
-        hidden = [_see(block, x, statistics) for x in hidden]
+        replace(hidden, partial(_see, block, statistics))
         walked.influence.append(statistics.influence())
         view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
                          recipe.score.propagation, generator)
@@ -92,13 +96,14 @@ def _forwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, 
             walked.agreement.append(_agreement(view, index))
         if job is not None:
             job.reporter.advance()
+        del block, view  # the walk reads the next but one now
     if "gradients" in needs:
-        inputs.append([x.cpu() for x in hidden])
+        inputs.append(keep(x.cpu() for x in hidden))
     return walked
 
 
 def _backwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, job: Job | None,
-               inputs: list[list[torch.Tensor]]) -> list[Scores]:
+               inputs: list[Batches]) -> list[Scores]:
     """Scores by block of a criterion that needs gradients."""
     function, found = CRITERIA[recipe.score.criterion].load(), []
     for index, block, gradients in blocks_backwards(walker, windows, inputs):
@@ -130,7 +135,7 @@ def _agreement(view: BlockView, index: int) -> dict[str, float]:
             "mean_ratio": float((bound / measured.clamp_min(1e-30)).mean())}
 
 
-def _see(block: Block, x: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+def _see(block: Block, statistics: Statistics, x: torch.Tensor) -> torch.Tensor:
     """Run a block on a batch and take in what the criterion needs; returns the block's output."""
     u = x
     if block.has_attention:

@@ -1,0 +1,234 @@
+"""What scoring, pruning and repair hold in memory, on random-weight LLaMAs up to 7B.
+
+    python benchmarks/streaming.py --work /tmp/streaming --out benchmarks/results/streaming-7b.json
+
+Makes a checkpoint of the shape (bfloat16, in shards, written tensor by tensor), runs every stage
+as the command line does, each in a process of its own, and records its seconds, its peak resident
+memory, the peak of what of it is the process's own (anonymous: no file's pages), and the bytes it
+read. Memory and time do not depend on what the weights are, so they are random.
+
+`--overhead` compares scoring with a forward pass over the same windows, in turns, as ratios within
+rounds: of the whole model in memory by transformers, and of the same walk without statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bipdeploy
+from bipdeploy import artifacts, console, recipe_file
+from bipdeploy.blocks import BlockWalker
+from bipdeploy.calibration import calibration_batches
+from bipdeploy.checkpoint import CheckpointWriter
+from bipdeploy.families import architecture
+from bipdeploy.measuring.timing import Spread, interleaved, speedup
+from bipdeploy.modeling import loading
+from bipdeploy.stages.score import score_blocks
+
+# hidden size, blocks, heads, KV heads, FFN channels, vocabulary
+SHAPES = {"7B": (4096, 32, 32, 32, 11008, 32000), "1B": (2048, 22, 32, 4, 5632, 32000),
+          "100M": (768, 12, 12, 12, 2048, 32000), "tiny": (64, 3, 4, 2, 96, 4096)}
+STAGES = ("score", "prune", "recover")
+TOKENIZER = Path(bipdeploy.__file__).parent / "builtin" / "pico"
+SAMPLE_SECONDS = 0.02
+
+
+def config_of(shape: str) -> dict[str, Any]:
+    hidden, blocks, heads, kv_heads, channels, vocabulary = SHAPES[shape]
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+            "num_hidden_layers": blocks, "num_attention_heads": heads, "head_dim": hidden // heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": channels,
+            "vocab_size": vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+            "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16"}
+
+
+def make(folder: Path, shape: str) -> Path:
+    """A random LLaMA of a shape, never more than one tensor of it in memory."""
+    config, generator = config_of(shape), torch.Generator().manual_seed(0)
+    hidden, _, heads, kv_heads, channels, vocabulary = SHAPES[shape]
+    head_dim = config["head_dim"]
+    matrices = {"self_attn.q_proj": (heads * head_dim, hidden),
+                "self_attn.k_proj": (kv_heads * head_dim, hidden),
+                "self_attn.v_proj": (kv_heads * head_dim, hidden),
+                "self_attn.o_proj": (hidden, heads * head_dim),
+                "mlp.gate_proj": (channels, hidden), "mlp.up_proj": (channels, hidden),
+                "mlp.down_proj": (hidden, channels)}
+
+    def drawn(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    norm = torch.ones(hidden, dtype=torch.bfloat16)
+    with CheckpointWriter(folder, config, TOKENIZER) as writer:
+        writer.add({"model.embed_tokens.weight": drawn((vocabulary, hidden))})
+        for index in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{index}."
+            for name, size in matrices.items():
+                writer.add({f"{name}.weight": drawn(size)}, prefix)
+            writer.add({f"{name}_layernorm.weight": norm for name in ("input", "post_attention")},
+                       prefix)
+        writer.add({"model.norm.weight": norm})
+        writer.add({"lm_head.weight": drawn((vocabulary, hidden))})
+    return folder
+
+
+def settings(arguments: argparse.Namespace) -> list[str]:
+    return [f"calibration.samples={arguments.windows}", f"calibration.tokens={arguments.tokens}",
+            f"calibration.batch={arguments.windows}", "model.device=cpu",
+            f"prune.round_to={8 if arguments.shape == 'tiny' else 128}", *arguments.set]
+
+
+def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command line of a stage; its results go below `work`, where the model is."""
+    model, out = work / "model", work / stage
+    places: dict[str, list[object]] = {"score": [model],
+                                       "prune": [model, work / "score", "--ratio", arguments.ratio],
+                                       "recover": [model, work / "prune"]}
+    options = [part for value in settings(arguments) for part in ("--set", value)]
+    return [str(Path(sys.executable).with_name("bipdeploy")), stage, *map(str, places[stage]),
+            "--out", str(out), *options]
+
+
+def watched(words: list[str]) -> dict[str, float]:
+    """Run a command to its end; its seconds, peaks of memory and bytes read. Linux only.
+
+    peak_bytes is the kernel's own high-water mark; anonymous and file-backed pages are sampled
+    every 20 ms. read_bytes counts what it asked for, disk_bytes what was not in the page cache.
+    """
+    began = time.perf_counter()
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    found: dict[str, float] = {}
+    names = {"RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
+    counters = {"rchar": "read_bytes", "read_bytes": "disk_bytes", "wchar": "written_bytes"}
+    while True:
+        for line in _lines(process.pid, "status"):
+            if (name := line.split(":")[0]) in names:
+                size = int(line.split()[1]) * 1024
+                found[names[name]] = max(found.get(names[name], 0), size)
+        for line in _lines(process.pid, "io"):
+            if (name := line.split(":")[0]) in counters:
+                found[counters[name]] = int(line.split()[1])
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            break
+        time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+    return {"seconds": round(time.perf_counter() - began, 2),
+            "peak_bytes": usage.ru_maxrss * 1024, **found}
+
+
+def _lines(pid: int, name: str) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text().splitlines()
+    except OSError:  # it ended in between
+        return []
+
+
+def stages(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every stage watched, and what a process that only imports the libraries takes."""
+    idle = watched([sys.executable, "-c", "import torch, transformers.models.llama.modeling_llama"])
+    return {"imports_alone": idle,
+            **{stage: watched(command(stage, work, arguments)) for stage in arguments.stages}}
+
+
+def overhead(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of scoring over those of forward passes on the same windows."""
+    recipe = recipe_file.build({"name": "overhead", "model": {"id": str(model)},
+                                "prune": {"ratio": arguments.ratio}}, "--set", settings(arguments))
+    walker = BlockWalker(model, recipe.model)
+    windows, _ = calibration_batches(recipe, model, walker.architecture.max_positions)
+    whole = loading.load_model(model, walker.dtype, walker.device)
+
+    @torch.no_grad()
+    def in_memory() -> None:
+        for batch in windows:
+            whole.model(batch.to(walker.device), use_cache=False)
+
+    @torch.no_grad()
+    def walk() -> None:
+        hidden = walker.embed(windows)
+        for block in walker.blocks(arguments.tokens):
+            hidden = [block(x) for x in hidden]
+
+    runs: dict[str, Callable[[], Any]] = {
+        "forward": in_memory, "walk": walk,
+        "score": partial(score_blocks, walker, windows, recipe)}
+    times = interleaved({name: partial(_timed, run) for name, run in runs.items()},
+                        arguments.rounds, 1)
+    seconds = {name: values["seconds"] for name, values in times.items()}
+    return {"score_over": {name: speedup(seconds["score"], seconds[name]).as_dict()
+                           for name in ("forward", "walk")},
+            "seconds": {name: Spread.of(values).as_dict() for name, values in seconds.items()}}
+
+
+def _timed(run: Callable[[], Any]) -> dict[str, float]:
+    began = time.perf_counter()
+    run()
+    return {"seconds": time.perf_counter() - began}
+
+
+def table(record: dict[str, Any]) -> str:
+    """What was found, as Markdown."""
+    lines = ["| stage | seconds | peak resident, GiB | anonymous, GiB | read, GiB |",
+             "|---|---|---|---|---|"]
+    for stage, found in record.get("stages", {}).items():
+        sizes = (found[key] / 2**30 for key in ("peak_bytes", "peak_anonymous_bytes", "read_bytes"))
+        cells = " | ".join(f"{size:.2f}" for size in sizes)
+        lines.append(f"| {stage} | {found['seconds']:.0f} | {cells} |")
+    for name, spread in record.get("overhead", {}).get("score_over", {}).items():
+        lines.append(f"\nscoring over {name}: {spread['median']:.2f} "
+                     f"({spread['low']:.2f} to {spread['high']:.2f})")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="7B")
+    parser.add_argument("--work", type=Path, help="where checkpoints are made; deleted at the end")
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--overhead", action="store_true", help="compare scoring with forwards")
+    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=8, help="of --overhead")
+    parser.add_argument("--set", nargs="*", default=[], help="more settings, section.field=value")
+    arguments = parser.parse_args()
+    console.quiet_libraries()
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+    work, began = Path(tempfile.mkdtemp(prefix="streaming-", dir=arguments.work)), time.time()
+    record: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv), "shape": arguments.shape,
+        "threads": torch.get_num_threads(), "environment": artifacts.environment()}
+    try:
+        model = make(work / "model", arguments.shape)
+        record |= {"parameters": architecture(config_of(arguments.shape)).parameters(),
+                   "weights_bytes": sum(p.stat().st_size for p in model.glob("*.safetensors")),
+                   "seconds_to_make": round(time.time() - began, 1)}
+        if arguments.stages:
+            record["stages"] = stages(work, arguments)
+        if arguments.overhead:
+            record["overhead"] = overhead(model, arguments)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    artifacts.write_json(arguments.out, record)
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
