@@ -14,7 +14,7 @@ from bipdeploy.errors import InputError, RecipeError, StageError
 from bipdeploy.families import architecture
 from bipdeploy.latency import Curve, Phase, Table
 from bipdeploy.recipe_target import parse_bytes
-from tests.running import SMOKE, bipdeploy_here, refused
+from tests.running import SMOKE, bipdeploy_here, message, refused
 from tests.sliced import short_calibration
 from tests.test_cost import tensor_bytes
 from tests.test_plan import made_by
@@ -239,6 +239,12 @@ def test_one_stage_takes_a_target_too(smoke, tmp_path):
                           "--set", "prune.target={flops: 0.3}")
     assert done.returncode == 0, done.stderr
     assert artifacts.read_json(tmp_path / "p" / "kept.json")["target"]["kind"] == "flops"
+
+
+def test_one_stage_needs_a_ratio_or_a_target(smoke, tmp_path):
+    done = bipdeploy_here("prune", "builtin:pico", smoke.folder / "score", "--out", tmp_path / "p")
+    assert done.returncode == 2
+    assert message(done)[-1] == "  prune: give ratio or target"
 
 
 # The disk
