@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bipdeploy import artifacts, latency, pipeline, recipe_file, sources
 from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.comparing.command import Compared
+from bipdeploy.comparing.command import compare as compared
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
 from bipdeploy.latency import Table
@@ -27,12 +29,24 @@ def run(recipe: Recipe | PathLike, overrides: Sequence[str] = (), runs: PathLike
         force: bool = False, start: str | None = None, until: str | None = None,
         reporting: pipeline.Reporting | None = None) -> pipeline.RunResult:
     """Run a recipe (an object or a YAML file) with `section.field=value` overrides."""
+    return pipeline.run(_recipe(recipe, overrides), Path(runs), force=force, start=start,
+                        until=until, reporting=reporting)
+
+
+def compare(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] = (),
+            reporter: Reporter | None = None, *, command: str = "bipdeploy.compare",
+            said: Callable[[str], None] = lambda _: None) -> Compared:
+    """Measure the methods of a recipe's section `compare` against each other; records that `out`
+    holds already are reused. `said` is told, in a line, about every method that is done."""
+    return compared(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, said)
+
+
+def _recipe(recipe: Recipe | PathLike, overrides: Sequence[str]) -> Recipe:
     if not isinstance(recipe, Recipe):
-        recipe = recipe_file.load(recipe, list(overrides))
-    elif overrides:
+        return recipe_file.load(recipe, list(overrides))
+    if overrides:
         raise ValueError("overrides go with a recipe file; change a Recipe with model_copy")
-    return pipeline.run(recipe, Path(runs), force=force, start=start, until=until,
-                        reporting=reporting)
+    return recipe
 
 
 def score(model: str, out: PathLike, settings: Sequence[str] = (),
@@ -56,6 +70,13 @@ def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str]
     """Repair a sliced model beside its dense origin; returns the folder that holds `model`."""
     return _stage("recover", model, {"sliced": sources.model_folder(str(pruned))}, out, settings,
                   reporter)
+
+
+def lora(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+         reporter: Reporter | None = None) -> Path:
+    """Train adapters on a pruned model and merge them; returns the folder that holds `model`."""
+    return _stage("lora", model, {"repaired": sources.model_folder(str(pruned))}, out,
+                  ["lora.enabled=true", *settings], reporter)
 
 
 def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
@@ -112,7 +133,7 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
     """
     path = Path(source)
     recipe = (recipe_file.load(path, list(settings)) if path.suffix in {".yaml", ".yml"}
-              else _recipe(str(source), settings))
+              else _stage_recipe(str(source), settings))
     config = sources.config_of(recipe.model)[0]
     target, bench = recipe.prune.target, recipe.bench.torch
     timed = target if target and target.timed else None
@@ -129,7 +150,8 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
 
 def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
            settings: Sequence[str], reporter: Reporter | None) -> Path:
-    recipe = _recipe(model, settings)
+    recipe = _stage_recipe(model, settings)
+    pipeline.require_one_process()
     if "dense" in pipeline.STAGES[name].inputs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
                                                code=recipe.model.trust_remote_code)
@@ -138,6 +160,6 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
     return Path(out)
 
 
-def _recipe(model: str, settings: Sequence[str]) -> Recipe:
+def _stage_recipe(model: str, settings: Sequence[str]) -> Recipe:
     base = {"name": "stage", "model": {"id": model}, "prune": {"ratio": 0.5}}
     return recipe_file.build(base, "--set", list(settings))

@@ -167,13 +167,16 @@ class BlockWalker:
     def block(self, index: int, tokens: int) -> Block:
         """Load block `index`, ready for windows of `tokens` tokens."""
         prefix = f"model.layers.{index}."
-        tensors = {name.removeprefix(prefix): self._placed(name)
-                   for name in self.checkpoint.block_names(index)}
+        return self.built({name.removeprefix(prefix): self._placed(name)
+                           for name in self.checkpoint.block_names(index)}, index, tokens)
+
+    def built(self, tensors: dict[str, torch.Tensor], index: int, tokens: int) -> Block:
+        """Block `index` with these tensors, by their names within it, where they already are."""
         with self._torch.device("meta"):
             layer = loading.layer_class(self.family, self.config)(self.config, index)
         report = layer.load_state_dict(tensors, strict=False, assign=True)
         if report.missing_keys:
-            raise InputError(f"{self.checkpoint.folder}: tensor {prefix}"
+            raise InputError(f"{self.checkpoint.folder}: tensor model.layers.{index}."
                              f"{report.missing_keys[0]} is missing")
         return Block(layer.eval(), self._forward_arguments(layer, tokens))
 

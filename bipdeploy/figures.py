@@ -21,6 +21,8 @@ TIMED = ("dense", "pruned", "speedup")
 VERSUS_TORCH = "versus_torch"
 # What guessing gets: the mean of one over the number of answers.
 CHANCE = "chance"
+# Validation loss in nats before training and after merging; what rounding did to the logits.
+LORA = ("lora.loss.before", "lora.loss.after", "lora.merge.max_logit_difference")
 VLLM_PERCENTILES = (50, 90, 99)
 
 
@@ -30,6 +32,8 @@ def expected(recipe: Recipe) -> set[str]:
                                            "kv_bytes_per_token") for kind in COMPARED}
     if recipe.prune.target:
         names |= {f"prune.target.{kind}" for kind in ("asked", "reached")}
+    if recipe.lora.enabled:
+        names |= set(LORA)
     if recipe.evaluate.perplexity.enabled:
         for base in perplexity_names(recipe.evaluate.perplexity.windows):
             names |= {f"{base}.{kind}" for kind in COMPARED}

