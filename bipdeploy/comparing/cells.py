@@ -16,6 +16,7 @@ from bipdeploy.data import text
 from bipdeploy.depth import unprotected
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import PruneSection, Recipe, RecoverSection
 
 # Of each part what is left of a block without it, as a factor of the dense widths.
@@ -79,7 +80,7 @@ def _require_possible(recipe: Recipe, dense: Path, arch: Architecture,
     faults: dict[str, None] = {}
     for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
         try:
-            pipeline.preflight(recipe_of(recipe, arch, at), dense)
+            preflight(recipe_of(recipe, arch, at), read_config(dense))
         except InputError as error:
             faults[str(error)] = None
     if faults:
@@ -90,7 +91,7 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     """The recipe that makes one cell. Raises InputError where it is not a valid one."""
     data = recipe.model_dump(mode="json")
     own, part = cell.method, cell.method.depth
-    prune = {**data["prune"], "ratio": cell.ratio, "depth": {},
+    prune = {**data["prune"], "ratio": cell.ratio, "target": None, "depth": {},
              "layers": "uniform" if part else own.layers}
     if part:
         prune["depth"] = {part: dropped(arch, recipe.prune, part, cell.ratio)}

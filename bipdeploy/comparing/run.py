@@ -282,6 +282,7 @@ def _require_budget(wanted: Plan, sliced: Path, recipe: Recipe) -> None:
     blocks = range(len(arch.blocks))
     allowed = unit * len(blocks) / sum(arch.block_parameters(i) for i in blocks)
     removed = 1 - artifacts.figures([sliced])["block_parameters.ratio"]
+    assert section.ratio is not None  # a cell has its own
     if abs(removed - section.ratio) > allowed:
         raise StageError(f"{removed:.4f} of the parameters is removed, and {section.ratio:g} is "
                          f"asked for: more than one rounding unit ({allowed:.4f}) away, so it "
