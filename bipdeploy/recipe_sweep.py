@@ -21,8 +21,8 @@ class EngineSection(Section):
         "--out at the same path. Default: Ray is started on this machine.")
     concurrent: PositiveInt = Field(1, description="Trials at once, at most.")
     cpus: PositiveInt | None = Field(
-        None, description="Cores of each trial, which are its threads too. Default: this machine's "
-        "cores over `concurrent`.")
+        None, description="Cores of each trial; its threads too, unless OMP_NUM_THREADS is set. "
+        "Default: this machine's cores over `concurrent`.")
     gpus: Annotated[float, Field(ge=0)] | None = Field(
         None, description="GPUs of each trial, such as 0.5; 0 hides them from it. Default: 1 where "
         "the cluster has any and model.device is not cpu.")
@@ -32,12 +32,14 @@ class SweepSection(Section):
     """What `bipdeploy sweep` varies: every combination is one run. Empty lists leave the recipe's
     own value."""
 
-    ratios: list[Share] = Field([], description="Values of prune.ratio.")
+    ratios: list[Share] = Field(
+        [], description="Values of prune.ratio; each takes the place of prune.target.")
     criteria: list[str] = Field(
         [], description="Criteria as in compare.criteria, such as `flap` or `llm_bip:measured`.")
     layers: list[str] = Field(
         [], description="Layers as in compare.layers; each replaces prune.depth too.")
-    repairs: list[str] = Field([], description="Repairs as in compare.repairs.")
+    repairs: list[str] = Field(
+        [], description="Repairs as in compare.repairs; without lora, where they do not name it.")
     fields: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="Any other fields: section.field → values, such as `recover.refit.ridge: "
         "[0.01, 0.1]`.")

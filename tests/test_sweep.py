@@ -63,6 +63,16 @@ def test_layers_and_repairs_are_those_of_a_comparison(tiny, tmp_path):
     assert found[1].recipe.recover.refit.ridge == "auto"
 
 
+def test_a_ratio_takes_the_place_of_a_target_and_a_target_that_of_a_ratio(tiny, tmp_path):
+    swept = trials.plan(recipe(tiny, tmp_path, {"ratios": [0.2, 0.3]}, [
+        "prune.ratio=null", "prune.target={flops: 0.3}"])).trials
+    assert [(t.recipe.prune.ratio, t.recipe.prune.target) for t in swept] == [
+        (0.2, None), (0.3, None)]
+    swept = planned(tiny, tmp_path, fields={"prune.target.flops": [0.2, 0.3]})
+    assert [(t.recipe.prune.ratio, t.recipe.prune.target.flops) for t in swept] == [
+        (None, 0.2), (None, 0.3)]
+
+
 def test_combinations_that_give_the_same_model_are_one_trial(tiny, tmp_path):
     found = planned(tiny, tmp_path, repairs=["none", "refit"],
                     fields={"recover.refit.ridge": [0.01, 0.1]})
@@ -179,6 +189,13 @@ def test_a_stage_that_another_trial_has_run_is_taken_over_without_a_copy(tmp_pat
     assert path.samefile(smoke.folder / "score" / "manifest.json")
 
 
+class Ran:
+    """As much of Ray's trial as its rule asks for; equal to nothing else, as that is."""
+
+    def __init__(self, name: str):
+        self.config = {"trial": name}
+
+
 @needs_ray
 def test_the_median_rule_is_applied_among_rivals_and_to_repaired_models_only():
     from ray.tune.schedulers import TrialScheduler
@@ -186,11 +203,12 @@ def test_the_median_rule_is_applied_among_rivals_and_to_repaired_models_only():
     from bipdeploy.sweeping.engine import Rivals
 
     groups = {**dict.fromkeys("abcdef", "30%"), "g": "50%"}
+    ran = {name: Ran(name) for name in groups}
     rivals = Rivals(groups, [("30%", 0.1), ("30%", 0.2)])
 
     def told(name: str, point: str, loss: float) -> bool:
         decision = rivals.on_trial_result(
-            SimpleNamespace(get_live_trials=list), SimpleNamespace(config={"trial": name}),
+            SimpleNamespace(get_live_trials=list), ran[name],
             {"point": running.POINTS[point], "loss": loss})
         assert decision in (TrialScheduler.CONTINUE, TrialScheduler.STOP)
         return decision == TrialScheduler.STOP

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, pipeline, recipe_file, sources
+from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import BipdeployError, StageError
 from bipdeploy.recipe import Recipe
 from bipdeploy.sweeping import sharing
@@ -92,6 +93,7 @@ def _run(task: Task, told: Told, rough: dict[str, float]) -> dict[str, Any]:
     runs = Path(task.out) / TRIALS
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
+    pipeline.profiled(recipe, read_config(dense), sharing.turn)  # the keys depend on it
     keys = pipeline.stage_keys(recipe, dense)
     for name in _SHARED:
         with sharing.once(name, keys[name], task.folder):

@@ -57,9 +57,9 @@ def _link(source: str, target: str) -> None:
 
 @contextmanager
 def turn(stage: str) -> Iterator[Silent]:
-    """A trial's stage on this machine: a bench waits until it is the only one, and others wait
-    for it. Holds for all sweeps of one user; other programs are not kept away."""
-    kind = fcntl.LOCK_EX if stage == "bench" else fcntl.LOCK_SH
+    """A trial's stage on this machine: what is timed waits until it is the only one, and others
+    wait for it. Holds for all sweeps of one user; other programs are not kept away."""
+    kind = fcntl.LOCK_EX if stage in ("bench", "profile") else fcntl.LOCK_SH
     lock = Path(tempfile.gettempdir()) / f"bipdeploy-{os.getuid()}.lock"
     with locked(lock, kind):
         yield Silent()

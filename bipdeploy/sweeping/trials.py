@@ -18,6 +18,7 @@ from bipdeploy.comparing.cells import dropped, used
 from bipdeploy.comparison import REPAIRS, Method, method
 from bipdeploy.errors import InputError, RecipeError, did_you_mean
 from bipdeploy.families import Architecture, architecture
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import Recipe
 
 # Fields that are no part of a single run, or that a trial is given.
@@ -104,6 +105,8 @@ def _choices(recipe: Recipe) -> Iterator[Choice]:
         "repairs": section.repairs, **section.fields}
     axes = {name: list({json.dumps(v): v for v in values}.values())
             for name, values in axes.items() if values}
+    if max(map(len, axes.values()), default=0) < 2:
+        raise InputError(_NOTHING)
     found = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     if section.samples is not None and section.samples < len(found):
         drawn = list(range(len(found)))
@@ -126,7 +129,7 @@ def _trial(recipe: Recipe, arch: Architecture, choice: Choice) -> Trial:
                          "weighs against speed; set it to true")
     dense = sources.model_folder(own.model.id, own.model.revision,
                                  code=own.model.trust_remote_code)
-    pipeline.preflight(own, dense)
+    preflight(own, read_config(dense))
     Checkpoint(dense).verify()
     return Trial(name, label, settings, own, _key(recipe, own, dense),
                  artifacts.digest([pipeline.plain(getattr(own, s)) for s in _SHAPE]))
@@ -135,9 +138,13 @@ def _trial(recipe: Recipe, arch: Architecture, choice: Choice) -> Trial:
 def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, Any]:
     """The fields that a combination sets. Raises InputError where two of its parts set one."""
     found: dict[str, Any] = {}
-    ratio = choice.get("ratios", recipe.prune.ratio)
+    ratio = choice.get("ratios", recipe.prune.share)
     if "ratios" in choice:
         found["prune.ratio"] = ratio
+        if recipe.prune.target:
+            found["prune.target"] = None
+    elif recipe.prune.ratio and any(f"{f}.".startswith("prune.target.") for f in choice):
+        found["prune.ratio"] = None
     if "criteria" in choice:
         own = method(choice["criteria"])
         found["score.criterion"] = own.criterion
@@ -145,10 +152,14 @@ def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, A
             found["score.propagation"] = own.propagation
     if "layers" in choice:
         part = Method("", layers=choice["layers"]).depth
+        if part and ratio is None:
+            raise InputError(f"sweep.layers: {choice['layers']} needs a ratio, and the recipe asks "
+                             "for another budget; give sweep.ratios")
         found["prune.layers"] = "uniform" if part else choice["layers"]
         found["prune.depth"] = {part: dropped(arch, recipe.prune, part, ratio)} if part else {}
     if "repairs" in choice:
-        found |= _flat(REPAIRS[choice["repairs"]])
+        found |= ({"lora.enabled": False} if recipe.lora.enabled else {}) | _flat(
+            REPAIRS[choice["repairs"]])
     for name in recipe.sweep.fields:
         twice = [f for f in found if f"{f}.".startswith(f"{name}.")
                  or f"{name}.".startswith(f"{f}.")]
@@ -183,9 +194,13 @@ def _effect(recipe: Recipe) -> str:
 
 
 def _key(swept: Recipe, own: Recipe, dense: Path) -> str:
-    # The key of `bench` itself names the hardware: on a cluster that of a node not known yet.
+    # Without what only a node of its own knows: times measured for a target, and the hardware that
+    # the key of `bench` names; on one machine the hardware counts.
+    keys = {"dense": sources.fingerprint(dense), "profile": ""}
+    for name in pipeline.STAGES:
+        keys[name] = pipeline.stage_key(name, own, keys)
     local = swept.sweep.engine.address is None
     return artifacts.digest({
-        "evaluate": pipeline.stage_keys(own, dense)["evaluate"],
+        "evaluate": keys["evaluate"],
         "sections": [pipeline.plain(own.bench), pipeline.plain(own.gates)],
         "hardware": artifacts.hardware() if local else None})
