@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 import threading
@@ -193,7 +194,7 @@ class Ran:
     """As much of Ray's trial as its rule asks for; equal to nothing else, as that is."""
 
     def __init__(self, name: str):
-        self.config = {"trial": name}
+        self.config, self.trial_id = {"trial": name}, name
 
 
 @needs_ray
@@ -312,11 +313,21 @@ def test_trials_of_one_criterion_share_its_scores(swept):
 
 @pytest.mark.slow
 @needs_ray
-def test_a_second_call_runs_nothing_and_more_trials_run_alone(swept, tmp_path):
+def test_a_second_call_runs_nothing_but_what_was_killed(swept, tmp_path):
     own, found = swept
     again = api.sweep(own, found.folder)
     assert (again.ran, again.reused) == (0, 4)
     assert again.data["trials"] == found.data["trials"]
+    # As a kill leaves it: one trial without a record, and without its last stages.
+    killed = found.folder / "trials" / found.data["trials"][0]["name"]
+    (killed / running.RECORD).unlink()
+    shutil.rmtree(killed / "bench")
+    scored = (killed / "score" / artifacts.MANIFEST).stat().st_mtime_ns
+    resumed = api.sweep(own, found.folder)
+    assert (resumed.ran, resumed.reused) == (1, 3)
+    assert (killed / "score" / artifacts.MANIFEST).stat().st_mtime_ns == scored
+    assert untimed(resumed.data["trials"][0]["figures"]) == untimed(
+        found.data["trials"][0]["figures"])
     path = tmp_path / "recipe.yaml"
     path.write_text(own.model_dump_json())
     told = json.loads(bipdeploy_here("sweep", path, "--out", found.folder, "--criteria", "flap",
