@@ -18,7 +18,7 @@ from typing import Any
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of a recipe stay what they are
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each trial keeps its own record
-os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other kind prints a banner even where it is to be quiet
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new kind prints a banner at verbosity 0
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the sweep; it can be taken up again
 
 import ray
