@@ -276,8 +276,11 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["training"] = text.fingerprint(recipe.lora.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
-    if "prune" in stage.sections and recipe.prune.target and recipe.prune.target.timed:
-        parts["profile"] = keys.get("profile")
+    if "prune" in stage.sections and (target := recipe.prune.target):
+        if target.timed:
+            parts["profile"] = keys.get("profile")
+        if target.kind == "memory":  # the biases that a repair adds count
+            parts["repair"] = recipe.recover.method
     return artifacts.digest(parts)
 
 
