@@ -125,6 +125,11 @@ def test_windows_beyond_the_model_s_maximum_are_refused_before_the_first_stage()
     refused(bipdeploy_here("check", SMOKE, *arguments), 2, "lora.tokens", "512", "256")
 
 
+def test_instructions_from_running_text_are_refused_before_the_first_stage():
+    arguments = [part for s in [*SHORT, "lora.format=alpaca"] for part in ("--set", s)]
+    refused(bipdeploy_here("check", SMOKE, *arguments), 2, "lora.data", "no columns")
+
+
 @pytest.mark.parametrize(("content", "settings", "words"), [
     ("A few words.", ["lora.data=T.txt"], ["lora.data", "0 windows", "4 + 4"]),
     ("A few words. " * 100, ["lora.data=T.txt", "lora.packing=false"], ["1 windows", "4 + 4"]),
