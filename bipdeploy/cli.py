@@ -130,6 +130,7 @@ def _number(word: str) -> object:
     except ValueError:
         return word
 
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context,
           path: Annotated[str, typer.Argument(
