@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -216,6 +217,27 @@ def test_two_processes_train_what_one_does(tmp_path, sliced):
         assert a["step"] == b["step"] and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
     assert records[1]["tokens"] == records[0]["tokens"]
     assert results(two).keys() == results(one).keys()
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_leaves_no_process_behind(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, time\n"
+                      f"print('{launch.MARK}' + '{{\"call\": \"note\", \"arguments\": [\"%d\"]}}'"
+                      " % os.getpid(), flush=True)\n"
+                      "time.sleep(300)\n")
+    started = []
+
+    class Interrupted(Silent):
+        def note(self, text: str) -> None:
+            started.append(int(text))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch._run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node=1", str(worker)], tmp_path / "log", Interrupted())
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
 
 
 @pytest.mark.slow
