@@ -62,7 +62,7 @@ STAGES: dict[str, Stage] = {
     "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "lora",
                      "seed"), ("pruned", "prune"), libraries=_VLLM + _ONNX),
-    "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
+    "evaluate": Stage(("evaluate", "model", "calibration", "lora"), ("dense", "exported", "export"),
                       libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
@@ -264,7 +264,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections
+                     if s != "lora" or recipe.lora.enabled},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))

@@ -17,7 +17,10 @@ from peft import PeftModel
 
 from bipdeploy import api, artifacts
 from bipdeploy.console import Silent
+from bipdeploy.data.text import Text
 from bipdeploy.errors import InputError
+from bipdeploy.recipe import Recipe
+from bipdeploy.stages.evaluate import check_overlap
 from bipdeploy.tuning import launch
 from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, leftovers, refused
 from tests.sliced import loaded, logits, results, token_windows
@@ -254,3 +257,17 @@ def no_attention(source: Path, folder: Path) -> Path:
     arch = architecture_of(source)
     return write_sliced(source, folder, draw_kept(
         arch, [(0, widths.intermediate) for widths in arch.blocks]))
+
+
+def test_training_on_the_test_text_is_said(tiny, tmp_path):
+    text = tmp_path / "all.txt"
+    text.write_text("a text of some words that is trained on and then tested on. " * 200)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "", "input": "", "output": text.read_text()}))
+    for data, form in ((text, "text"), (rows, "alpaca")):
+        recipe = Recipe.model_validate({
+            "name": "x", "model": {"id": str(tiny)}, "prune": {"ratio": 0.3},
+            "lora": {"enabled": True, "data": str(data), "format": form},
+            "evaluate": {"perplexity": {"data": str(text)}}})
+        found = check_overlap(recipe, Text(str(text), "test", (text.read_text(),)))
+        assert found["lora"] > 0.99 and found["calibration"] < 0.01

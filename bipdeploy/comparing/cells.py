@@ -140,9 +140,9 @@ def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
 
 
 def dense_key(wanted: Plan) -> str:
-    """A digest of all that the dense model's figures depend on."""
-    return artifacts.digest({**wanted.context, "calibration": None, **_sections(
-        wanted.recipe, ("model", "evaluate"))})
+    """A digest of all that the dense model's figures, and the texts' overlaps, depend on."""
+    return artifacts.digest({**wanted.context, **_sections(
+        wanted.recipe, ("model", "evaluate", "calibration", "lora"))})
 
 
 def key(wanted: Plan, cell: Cell) -> str:
