@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = metadata.version("bipdeploy")
 __all__ = ["bench", "compare", "evaluate", "export", "gate", "lora", "profile", "prune", "recover",
-           "report", "run", "score"]
+           "report", "run", "score", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

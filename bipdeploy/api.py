@@ -21,6 +21,8 @@ from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
 from bipdeploy.latency import Table
 from bipdeploy.recipe import Recipe
+from bipdeploy.sweeping.command import Swept
+from bipdeploy.sweeping.command import sweep as swept
 
 PathLike = str | Path
 
@@ -39,6 +41,16 @@ def compare(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] =
     """Measure the methods of a recipe's section `compare` against each other; records that `out`
     holds already are reused. `said` is told, in a line, about every method that is done."""
     return compared(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, said)
+
+
+def sweep(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] = (),
+          reporter: Reporter | None = None, *, command: str = "bipdeploy.sweep",
+          said: Callable[[str], None] = lambda _: None, verbose: bool = False) -> Swept:
+    """Run every trial of a recipe's section `sweep` on Ray Tune; those that `out` holds to their
+    end are reused. `said` is told, in a line, how every trial ended."""
+    source = "RECIPE" if isinstance(recipe, Recipe) else str(recipe)
+    return swept(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, source, said,
+                 verbose=verbose)
 
 
 def _recipe(recipe: Recipe | PathLike, overrides: Sequence[str]) -> Recipe:

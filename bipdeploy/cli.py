@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -88,13 +88,13 @@ def compare(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
     """Compare criteria, layers, ratios and repairs on one model; what OUT holds is reused."""
     import shlex
 
-    from bipdeploy import api, console, screens
+    from bipdeploy import api, console, options, screens
 
     given = {"criteria": criteria, "layers": layers, "methods": methods, "ratios": ratios,
              "repairs": repairs, "seeds": seeds}
     with console.bar("compare") as bar:
         compared = api.compare(
-            recipe, out, [*_compare_settings(given), *(settings or [])], bar,
+            recipe, out, [*options.compare_settings(given), *(settings or [])], bar,
             command=shlex.join(["bipdeploy", *sys.argv[1:]]), said=console.log)
     if as_json:
         print(json.dumps({"folder": str(compared.folder), "measured": compared.measured,
@@ -107,28 +107,51 @@ def compare(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
                                    for c in compared.data["not_run"]))
 
 
-def _compare_settings(given: dict[str, str | None]) -> list[str]:
-    """Options of `compare` as overrides. Methods and repairs that are named stand alone: what the
-    recipe lists besides is left out."""
-    named: dict[str, Any] = {name: value.split(",") for name, value in given.items()
-                             if value is not None}
-    if "methods" in named:
-        named = {"criteria": [], **named}
-    if {"criteria", "layers"} & set(named):
-        named = {"methods": [], **named}
-    if {"methods", "repairs"} & set(named):
-        named["also"] = {}
-    for name in {"ratios", "seeds"} & set(named):
-        named[name] = [_number(word) for word in named[name]]
-    return [f"compare.{name}={json.dumps(value)}" for name, value in named.items()]
+@app.command()
+def sweep(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+          out: Out,
+          ratios: Annotated[str | None, typer.Option(help="Such as 0.2,0.3.")] = None,
+          criteria: Annotated[str | None, typer.Option(help="Such as llm_bip,flap.")] = None,
+          layers: Annotated[str | None, typer.Option(help="Such as uniform,searched.")] = None,
+          repairs: Annotated[str | None, typer.Option(help="Such as none,refit.")] = None,
+          vary: Annotated[list[str] | None, typer.Option(
+              help="Any other field: section.field=value,value. Repeatable.")] = None,
+          samples: Annotated[int | None, typer.Option(
+              help="Combinations drawn at random; default: all of them.")] = None,
+          max_perplexity_ratio: Annotated[float | None, typer.Option(
+              help="Stop trials whose perplexity ratio is above this.")] = None,
+          address: Annotated[str | None, typer.Option(
+              help="A Ray cluster, HOST:PORT or auto; default: this machine.")] = None,
+          concurrent: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+          cpus: Annotated[int | None, typer.Option(help="Cores of each trial.")] = None,
+          gpus: Annotated[float | None, typer.Option(help="GPUs of each trial.")] = None,
+          settings: Set = None,
+          verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's log.")] = False,
+          as_json: Annotated[bool, typer.Option("--json", help="Trials as JSON.")] = False,
+          ) -> None:
+    """Run many settings of one recipe on Ray Tune, weigh quality against speed; OUT is reused."""
+    import shlex
 
+    from bipdeploy import api, console, options, screens
 
-def _number(word: str) -> object:
-    """The number that a word is, or the word, which the recipe then refuses."""
-    try:
-        return json.loads(word)
-    except ValueError:
-        return word
+    given = options.sweep_settings(
+        {"ratios": ratios, "criteria": criteria, "layers": layers, "repairs": repairs}, vary,
+        {"samples": samples, "max_perplexity_ratio": max_perplexity_ratio,
+         "engine.address": address, "engine.concurrent": concurrent, "engine.cpus": cpus,
+         "engine.gpus": gpus})
+    with console.bar("sweep") as bar:
+        swept = api.sweep(recipe, out, [*given, *(settings or [])], bar,
+                          command=shlex.join(["bipdeploy", *sys.argv[1:]]), said=console.log,
+                          verbose=verbose)
+    if as_json:
+        print(json.dumps({"folder": str(swept.folder), "ran": swept.ran, "reused": swept.reused,
+                          "trials": swept.data["trials"]}))
+    else:
+        screens.show_swept(swept)
+    failed = [t for t in swept.data["trials"] if t["state"] == "failed"]
+    if failed:
+        raise StageError("\n".join(f"trial {t['label']}: {t['why']}" for t in failed))
+
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

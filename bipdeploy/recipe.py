@@ -13,6 +13,7 @@ from bipdeploy.comparison import CompareSection
 from bipdeploy.recipe_base import Section, Share, TextSection
 from bipdeploy.recipe_bench import BenchSection
 from bipdeploy.recipe_lora import LoraSection
+from bipdeploy.recipe_sweep import SweepSection
 from bipdeploy.recipe_target import ShapeSection, TargetSection
 
 
@@ -328,6 +329,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)
     compare: CompareSection = Field(default_factory=CompareSection)
+    sweep: SweepSection = Field(default_factory=SweepSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from bipdeploy.divisibility import counted
 from bipdeploy.pipeline import RunResult
 from bipdeploy.plan import Plan, Verdict, described
 from bipdeploy.summary import Row
+from bipdeploy.sweeping import results as sweeps
+from bipdeploy.sweeping.command import Swept
 
 
 def show_run(result: RunResult) -> None:
@@ -72,18 +74,30 @@ def show_compared(compared: Compared) -> None:
     limit = console.out.width if console.out.is_terminal else WIDTH
     tables = ([whole] if _width(whole) <= limit else
               [results.table(summary, [ratio]) for ratio in ratios])
-    for heading, *rows in tables if summary else []:
-        # Its own width: where stdout is no terminal, rich would cut cells off at 80 columns.
-        table = Table(box=None, pad_edge=False, header_style="bold",
-                      width=_width([heading, *rows]) - 2)
-        for number, title in enumerate(heading):
-            table.add_column(title, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        console.out.print(table)
-        console.out.print()
+    for rows in tables if summary else []:
+        _show_table(rows, range(1, len(rows[0])))
     console.out.print(f"measured {compared.measured}, reused {compared.reused}; "
                       f"{compared.folder / 'compare.md'}", markup=False)
+
+
+def _show_table(rows: Sequence[Sequence[str]], right: Container[int]) -> None:
+    """Rows of text, the first a heading; `right`: numbers of the columns that end flush."""
+    # Its own width: where stdout is no terminal, rich would cut cells off at 80 columns.
+    table = Table(box=None, pad_edge=False, header_style="bold", width=_width(rows) - 2)
+    for number, title in enumerate(rows[0]):
+        table.add_column(title, justify="right" if number in right else "left", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console.out.print(table)
+    console.out.print()
+
+
+def show_swept(swept: Swept) -> None:
+    """The trials of a sweep, those on the front, and its page."""
+    rows = sweeps.table(swept.data["trials"])
+    _show_table(rows, range(1, len(rows[0]) - 2))
+    console.out.print(f"{sweeps.BENCHES}\n\nran {swept.ran}, reused {swept.reused}; "
+                      f"{swept.folder / 'sweep.md'}", markup=False)
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:

@@ -150,10 +150,10 @@ def key(wanted: Plan, cell: Cell) -> str:
     own = recipe_of(wanted.recipe, wanted.arch, cell)
     found = {**wanted.context, **_sections(own, ("model", "hardware", "calibration", "score",
                                                  "evaluate", "seed", *REPAIRS[cell.repair]))}
-    found["sections"]["recover"] = _used(own.recover)
+    found["sections"]["recover"] = used(own.recover)
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
-        found["searched"] = [own.prune.search.model_dump(), _used(wanted.recipe.recover)]
+        found["searched"] = [own.prune.search.model_dump(), used(wanted.recipe.recover)]
     if own.lora.enabled:
         found["libraries"] = found["libraries"] | {
             name: artifacts.version_of(name) for name in pipeline.STAGES["lora"].libraries}
@@ -161,7 +161,7 @@ def key(wanted: Plan, cell: Cell) -> str:
     return artifacts.digest(found)
 
 
-def _used(section: RecoverSection) -> dict[str, Any]:
+def used(section: RecoverSection) -> dict[str, Any]:
     """The fields of `recover` that its method reads."""
     return section.model_dump(exclude=set() if section.method == "refit" else {"refit"})
 
