@@ -23,7 +23,7 @@ from typing import Any
 
 from bipdeploy import api, artifacts, console, recipe_file, tasks
 from bipdeploy.comparing import results
-from bipdeploy.comparison import REPAIRS, method
+from bipdeploy.comparison import method
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError
 from bipdeploy.recipe import Recipe
@@ -32,8 +32,7 @@ PUBLISHED = Path(__file__).with_name("published.json")
 MODELS = {"huggyllama/llama-7b": "LLaMA-7B", "lmsys/vicuna-7b-v1.3": "Vicuna-7B",
           "huggyllama/llama-13b": "LLaMA-13B"}
 CRITERIA = ("llm_bip:bound", "wanda_sp", "flap@adaptive", "taylor")
-# With and without LoRA; what no stage here makes is "not run".
-WANTED = ("none", "bias", "refit", "lora", "refit+lora")
+REPAIRS = ("none", "bias", "refit", "lora", "refit+lora")
 # (method, repair) here → the published method that it follows.
 FOLLOWS = {("wanda_sp", "none"): "Wanda-sp", ("taylor", "none"): "LLM-Pruner",
            ("taylor", "lora"): "LLM-Pruner, LoRA", ("flap@adaptive", "bias"): "FLAP"}
@@ -69,8 +68,6 @@ def run(asked: argparse.Namespace) -> int:
                 reasons |= {about["cell"]: about["why"] for about in found["not_run"]}
             except BipdeployError as error:
                 reasons[model] = str(error)
-        reasons |= {f"every cell with {repair}": "no stage here makes it"
-                    for repair in WANTED if repair not in REPAIRS}
         pages.append(page(model, found, published["entries"], asked, reasons))
     artifacts.write_json(asked.out / "paper_tables.json", {
         "command": command(), "environment": artifacts.environment(),
@@ -87,6 +84,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA),
                         help="methods, as in compare.methods")
+    parser.add_argument("--repairs", nargs="+", default=list(REPAIRS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--data", nargs="+", default=["wikitext2", "ptb"], help="test texts")
     parser.add_argument("--tasks", nargs="*", default=["llm_bip_7"])
@@ -144,7 +142,7 @@ def recipe(model: str, data: Sequence[str], asked_tasks: Sequence[str],
         "evaluate": {"perplexity": {"data": data[0], "windows": [int(WINDOW)]},
                      "zero_shot": zero_shot},
         "compare": {"methods": asked.criteria, "ratios": asked.ratios, "seeds": asked.seeds,
-                    "repairs": [r for r in WANTED if r in REPAIRS], "data": list(data[1:])}},
+                    "repairs": asked.repairs, "data": list(data[1:])}},
         "paper_tables", asked.settings)
 
 
@@ -161,7 +159,7 @@ def page(model: str, found: Mapping[str, Any] | None, published: Sequence[Mappin
         rows = [{"method": "dense", "repair": "", "ours": [dense(found, metric)],
                  "published_method": "dense", "published": [theirs.get(("dense", 0.0))]}]
         for own in dict.fromkeys(str(method(c)) for c in asked.criteria):
-            for repair in WANTED:
+            for repair in asked.repairs:
                 followed = FOLLOWS.get((own, repair))
                 rows.append({
                     "method": own, "repair": repair,

@@ -54,13 +54,13 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
     """Check recipes without loading anything; every fault is reported at once."""
     from rich.markup import escape
 
-    from bipdeploy import console, pipeline, recipe_file
+    from bipdeploy import console, preflight, recipe_file
     from bipdeploy.errors import InputError, RecipeError
 
     faulty = []
     for path in recipes:
         try:
-            pipeline.check_offline(recipe_file.load(path, settings or []))
+            preflight.check_offline(recipe_file.load(path, settings or []))
             console.out.print("[green]ok[/] ", escape(str(path)))
         except InputError as error:
             named = isinstance(error, RecipeError) or str(path) in str(error)
@@ -178,19 +178,52 @@ def generate(path: Annotated[str, typer.Argument(
 def plan(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
          settings: Set = None,
          runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
+         gpu: Annotated[str | None, typer.Option(
+             help="Estimate times on this GPU, such as H100; else hardware.gpu.")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="Plan as JSON on stdout.")] = False,
          ) -> None:
-    """Show what a recipe will make: sizes, widths and what they divide by; no weights are read."""
+    """Show what a recipe will make and cost, and what its widths divide by; no weights are read."""
     from dataclasses import asdict
 
+    from bipdeploy import gpus, recipe_file, screens
     from bipdeploy import plan as planning
-    from bipdeploy import recipe_file, screens
+    from bipdeploy.errors import InputError
 
-    made = planning.make(recipe_file.load(recipe, settings or []), runs)
+    try:
+        named = [f"hardware.gpu={gpus.find(gpu).name}"] if gpu else []
+    except ValueError as error:
+        raise InputError(f"--gpu: {error}") from error
+    made = planning.make(recipe_file.load(recipe, [*(settings or []), *named]), runs)
     if as_json:
         print(json.dumps(asdict(made)))
     else:
         screens.show_plan(made)
+
+
+@app.command()
+def profile(source: Annotated[str, typer.Argument(
+                metavar="MODEL|RECIPE", help="A recipe, or builtin:pico, a folder or a hub id.")],
+            settings: Set = None,
+            batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once.")] = None,
+            context: Annotated[int | None, typer.Option(
+                min=1, help="Tokens of the prompt, which decoding then sees.")] = None,
+            cache: Annotated[Path | None, typer.Option(
+                help="Where tables are kept; by default below the user's cache folder.")] = None,
+            force: Annotated[bool, typer.Option("--force", help="Measure again.")] = False,
+            as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
+            ) -> None:
+    """Time a model's attention and FFN at several widths on this machine; no weights are read."""
+    from dataclasses import asdict
+
+    from bipdeploy import api, console, screens
+
+    with console.bar("profile") as bar:
+        table = api.profile(source, settings or [], batch=batch, context=context, cache=cache,
+                            force=force, reporter=bar)
+    if as_json:
+        print(json.dumps(asdict(table)))
+    else:
+        screens.show_profile(table)
 
 
 @app.command()
@@ -215,7 +248,8 @@ def score(model: Model, out: Out, settings: Set = None) -> None:
 def prune(model: Model,
           scores: Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")],
           out: Out,
-          ratio: Annotated[float, typer.Option(help="Share of block parameters to remove.")],
+          ratio: Annotated[float | None, typer.Option(
+              help="Share of block parameters to remove; or --set prune.target=…")] = None,
           settings: Set = None) -> None:
     """Slice a model by its scores."""
     _one("prune", lambda api, bar: api.prune(model, scores, out, ratio, settings or [], bar))

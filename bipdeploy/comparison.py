@@ -24,12 +24,19 @@ LAYERS = ("uniform", "global", "adaptive", "searched",
           f"{DEPTH}blocks", f"{DEPTH}attention", f"{DEPTH}ffn")
 CRITERIA_NAMES = (*NAMES, *(f"llm_bip:{p}" for p in PROPAGATIONS))
 
-# What is done to a sliced model: the recipe's sections `recover` and `lora` where they differ.
+# What is done to a sliced model, as values of the recipe's sections `recover` and `lora`.
+_LORA = {"lora": {"enabled": True}}
+_REFIT = {"method": "refit", "refit": {"reselect": False}}
+_RESELECT = {"method": "refit", "refit": {"reselect": True}}
 REPAIRS: dict[str, dict[str, Any]] = {
     "none": {"recover": {"method": "none"}},
     "bias": {"recover": {"method": "bias"}},
-    "refit": {"recover": {"method": "refit"}},
-    "refit_auto": {"recover": {"method": "refit", "refit": {"ridge": "auto"}}},
+    "refit": {"recover": _REFIT},
+    "refit_auto": {"recover": {**_REFIT, "refit": {"reselect": False, "ridge": "auto"}}},
+    "reselect": {"recover": _RESELECT},
+    "lora": {"recover": {"method": "none"}, **_LORA},
+    "refit+lora": {"recover": _REFIT, **_LORA},
+    "reselect+lora": {"recover": _RESELECT, **_LORA},
 }
 
 
@@ -111,7 +118,9 @@ class CompareSection(Section):
     ratios: list[Share] = Field([0.2, 0.3, 0.5], min_length=1, description="Ratios.")
     repairs: list[str] = Field(
         ["none", "bias", "refit"], description="What is done to the sliced model: `none`, `bias`, "
-        "`refit` (with the recipe's ridge), `refit_auto` (ridge auto).")
+        "`refit` (with the recipe's ridge), `refit_auto` (ridge auto), `reselect` (refit with "
+        "the groups chosen again), `lora` (as the section `lora` has it, on the sliced model), "
+        "`refit+lora` or `reselect+lora` (on the refitted one).")
     also: dict[str, list[str]] = Field(
         {}, description="Further repairs of single methods: method → repairs.")
     seeds: list[int] = Field(

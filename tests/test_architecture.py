@@ -16,16 +16,16 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_base", "recipe_lora", "comparison", "recipe_file", "artifacts", "figures",
-     "console", "stages.job", "tasks"),
+    ("recipe", "recipe_base", "recipe_bench", "recipe_lora", "recipe_target", "comparison",
+     "recipe_file", "gpus", "artifacts", "figures", "console", "stages.job", "tasks"),
     ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
      "activations", "blocks", "modeling", "modeling."),
-    ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",
-     "elimination", "reselection", "exporters", "exporters.", "ort", "ort.", "evaluation",
-     "evaluation.", "measuring", "measuring.", "tuning", "tuning.", "serving", "serving.",
-     "templates"),
+    ("criteria.", "divisibility", "depth", "allocation", "cost", "latency", "targets", "footprint",
+     "search", "slicing", "refit", "elimination", "reselection", "exporters", "exporters.", "ort",
+     "ort.", "evaluation", "evaluation.", "measuring", "measuring.", "tuning", "tuning.",
+     "serving", "serving.", "templates"),
     ("stages", "stages.", "summary"),
-    ("pipeline", "plan", "generation"),
+    ("preflight", "pipeline", "plan", "generation"),
     ("comparing", "comparing."),
     ("api", "screens", "cli", ""),
 ]
@@ -40,7 +40,8 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "re
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
          "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation",
          "comparison", "comparing", "comparing.cells", "comparing.command", "comparing.records",
-         "comparing.results", "comparing.plot")
+         "comparing.results", "comparing.plot", "recipe_bench", "recipe_target", "gpus", "cost",
+         "latency", "targets", "footprint", "measuring.cpu_peak", "preflight")
 
 
 def layer(module: str) -> int:

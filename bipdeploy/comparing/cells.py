@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, pipeline, recipe_file, sources, tasks
-from bipdeploy.calibration import calibration_split, test_split
+from bipdeploy.calibration import calibration_split, test_split, training_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.comparison import REPAIRS, Method, method
 from bipdeploy.data import text
 from bipdeploy.depth import unprotected
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import PruneSection, Recipe, RecoverSection
 
 # Of each part what is left of a block without it, as a factor of the dense widths.
@@ -79,7 +80,7 @@ def _require_possible(recipe: Recipe, dense: Path, arch: Architecture,
     faults: dict[str, None] = {}
     for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
         try:
-            pipeline.preflight(recipe_of(recipe, arch, at), dense)
+            preflight(recipe_of(recipe, arch, at), read_config(dense))
         except InputError as error:
             faults[str(error)] = None
     if faults:
@@ -90,15 +91,22 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     """The recipe that makes one cell. Raises InputError where it is not a valid one."""
     data = recipe.model_dump(mode="json")
     own, part = cell.method, cell.method.depth
-    prune = {**data["prune"], "ratio": cell.ratio, "depth": {},
+    prune = {**data["prune"], "ratio": cell.ratio, "target": None, "depth": {},
              "layers": "uniform" if part else own.layers}
     if part:
         prune["depth"] = {part: dropped(arch, recipe.prune, part, cell.ratio)}
-    sections = {"seed": cell.seed, "prune": prune, "score": {
-        "criterion": own.criterion, "propagation": own.propagation or "bound"}}
+    sections: dict[str, Any] = {
+        "seed": cell.seed, "prune": prune, "lora": {**data["lora"], "enabled": False},
+        "score": {"criterion": own.criterion, "propagation": own.propagation or "bound"}}
     for name, settings in REPAIRS[cell.repair].items():
-        sections[name] = {**data[name], **settings}
+        sections[name] = _laid_over(sections.get(name, data[name]), settings)
     return _changed(recipe, sections)
+
+
+def _laid_over(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's data with settings in their places, in the sections within it too."""
+    return {**data, **{name: _laid_over(data[name], value) if isinstance(value, dict) else value
+                       for name, value in settings.items()}}
 
 
 def dropped(arch: Architecture, section: PruneSection, part: str, ratio: float) -> int:
@@ -146,6 +154,10 @@ def key(wanted: Plan, cell: Cell) -> str:
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), _used(wanted.recipe.recover)]
+    if own.lora.enabled:
+        found["libraries"] = found["libraries"] | {
+            name: artifacts.version_of(name) for name in pipeline.STAGES["lora"].libraries}
+        found["training"] = text.fingerprint(own.lora.data, training_split(own))
     return artifacts.digest(found)
 
 

@@ -226,9 +226,10 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
                 for cell in alike:
                     with _failing([cell], done), _tuned(
                             wanted, cell, recipe[cell], made, work / "tuned") as tuned:
-                        recorded(cell, {
-                            "removed": 1 - artifacts.figures([sliced, made])[
-                                "block_parameters.ratio"], **meter.of_pruned(tuned / "model")})
+                        with pipeline.finishing("evaluate"):
+                            figures = meter.of_pruned(tuned / "model")
+                        removed = 1 - artifacts.figures([sliced, made])["block_parameters.ratio"]
+                        recorded(cell, {"removed": removed, **figures})
 
 
 @contextmanager
@@ -241,6 +242,8 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -
         inputs = {name: wanted.dense if name == "dense" else made / "model"
                   for name in pipeline.STAGES["lora"].inputs}
         _stage("lora", recipe, inputs, folder)
+        # What an interrupted training would go on from; the next cell is another one.
+        shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder
 
 
@@ -279,6 +282,7 @@ def _require_budget(wanted: Plan, sliced: Path, recipe: Recipe) -> None:
     blocks = range(len(arch.blocks))
     allowed = unit * len(blocks) / sum(arch.block_parameters(i) for i in blocks)
     removed = 1 - artifacts.figures([sliced])["block_parameters.ratio"]
+    assert section.ratio is not None  # a cell has its own
     if abs(removed - section.ratio) > allowed:
         raise StageError(f"{removed:.4f} of the parameters is removed, and {section.ratio:g} is "
                          f"asked for: more than one rounding unit ({allowed:.4f}) away, so it "
