@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bipdeploy.blocks import BlockWalker
@@ -19,10 +20,10 @@ from bipdeploy.families import architecture
 from bipdeploy.recipe import ModelSection, ScoreSection
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.score import score_together
-from speed import command, hardware, models, torch_cases
+from speed import command, decoding, hardware, models, torch_cases
 from speed.cases import Case, Grid, Sizes, chosen
 from speed.results import Results
-from speed.shapes import config_of, decode_bytes, prefill_flops, pruned_of
+from speed.shapes import config_of
 from tests.running import ENVIRONMENT, ROOT, python
 
 CPU = torch.device("cpu")
@@ -62,28 +63,21 @@ def test_the_memory_of_a_large_batch_says_that_it_does_not_fit():
     assert Case("13B", "decode", 1, 2048, 30).memory(sizes) / gib < 60
 
 
-def test_decode_bytes_are_those_of_the_weights_and_the_cache():
-    config = pruned_of(config_of("tiny"), 0.5, 8)
-    arch = architecture(config)
-    model = models.random_model(config, torch.float32, CPU)
-    weights = sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()
-    cache = torch_cases._cache(model, 7)
-    model(torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
-    cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert decode_bytes(arch, 4, 2, 7) == 4 * (weights + cached)
-
-
-def test_prefill_flops_are_those_that_pytorch_counts():
-    config = pruned_of(config_of("tiny"), 0.5, 8)
-    arch = architecture(config)
-    model = models.random_model(config, torch.float32, CPU)
-    with (FlopCounterMode(display=False) as counted,
-          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
-        model(torch.zeros(2, 12, dtype=torch.long), use_cache=False, logits_to_keep=1)
-    not_causal = sum(2 * 2 * 12 * 12 * w.heads * arch.head_dim for w in arch.blocks)
-    rotary = counted.get_total_flops() - prefill_flops(arch, 2, 12) - not_causal
-    # What is left are the angles of the rotary embedding, a product in some versions.
-    assert rotary in (0, 2 * 12 * arch.head_dim // 2)
+def test_costs_are_those_of_the_models():
+    sizes = replace(SIZES, new=2)
+    for removed, number in ((0, 0), (50, 1)):
+        model = models.random_model(Case("tiny", "onnx").config(removed, sizes), torch.float32, CPU)
+        weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        cache = decoding.static_cache(model, 7)
+        with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+            model(torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True,
+                  logits_to_keep=1)
+        cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        costs = Case("tiny", "onnx", 2, 6, 50).costs(sizes)
+        assert costs["decode"][number] == 4 * (weights + cached)
+        flops = Case("tiny", "prefill", 2, 7, 50).costs(sizes)["prefill"][number]
+        # Angles of the rotary embedding are a product in some versions.
+        assert counted.get_total_flops() - flops in (0, 2 * 7 * 8)
 
 
 def test_the_walker_scores_as_the_pipeline_does(tmp_path):
@@ -118,8 +112,8 @@ def test_decoding_through_the_static_cache_says_the_same_tokens():
     case, sizes = Case("tiny", "decode", 2, 24, 50), SIZES
     measuring = torch_cases.Torch(CPU, sizes, eager=True)
     model, ids = measuring.model(case, 50), measuring._ids(case, 2, 24)
-    decoder = torch_cases.Decoder(model, case, sizes, eager=True)
-    cache = torch_cases._cache(model, 24 + sizes.new)
+    decoder = decoding.Decoder(model, case, sizes, eager=True)
+    cache = decoding.static_cache(model, 24 + sizes.new)
     first = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     for own, filled in zip(decoder.cache.layers, cache.layers, strict=True):
         own.keys.copy_(filled.keys)
@@ -153,6 +147,12 @@ def test_records_count_for_their_own_setup(tmp_path):
     assert again.expected_seconds("7B/score", 7) == pytest.approx(12)
     assert again.expected_seconds("13B/score", 14) == pytest.approx(24)
     assert other.expected_seconds("7B/score", 7) == pytest.approx(36)
+
+
+def test_the_readme_says_where_gpu_figures_stand():
+    measured = list((ROOT / "benchmarks" / "results").glob("gpu-*.json"))
+    said = "GPU figures are still to be measured" in (ROOT / "README.md").read_text()
+    assert said is not bool(measured)
 
 
 def measure(path: Path, *arguments: str, monkeypatch) -> int:
@@ -200,6 +200,7 @@ def test_dry_run_needs_no_gpu_and_no_torch():
     loaded = python("""
 import atexit, runpy, sys
 sys.argv = ["gpu.py", "--dry-run"]
+sys.path.insert(0, "benchmarks")
 atexit.register(lambda: print("torch" in sys.modules))
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from typing import Any
 
+from bipdeploy import cost
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, architecture
-from speed.shapes import config_of, decode_bytes, prefill_flops, pruned_of
+from speed.shapes import config_of, pruned_of
 
 GIB = 2**30
 OVERHEAD = GIB  # of libraries' workspaces and fragments
@@ -69,16 +70,20 @@ class Case:
         return (architecture(_config(self.shape, 0, sizes)),
                 architecture(_config(self.shape, self.removed, sizes)))
 
+    def costs(self, sizes: Sizes) -> dict[str, list[float]]:
+        """Of dense and pruned: bytes that a decode step reads at least, FLOPs of a prefill."""
+        reached = self.context + sizes.new // 2
+        counts: dict[str, Callable[[Architecture], float]] = {
+            "decode": lambda arch: cost.read_per_step(arch, sizes.value, self.batch, reached),
+            "prefill": lambda arch: self.batch * cost.flops(arch, self.context).whole(arch.blocks)
+            + cost.head_flops(arch, self.batch)}
+        phases = {"decode": ("decode",), "prefill": ("prefill",), "onnx": ("prefill", "decode")}
+        return {phase: [counts[phase](arch) for arch in self.sizes_of(sizes)]
+                for phase in phases.get(self.kind, ())}
+
     def ideal(self, sizes: Sizes) -> dict[str, float]:
         """The speed-ups there would be if only bytes (decode) or FLOPs (prefill) took time."""
-        phases = {"decode": ("decode",), "prefill": ("prefill",), "onnx": ("prefill", "decode")}
-        costs = {
-            "decode": lambda arch: decode_bytes(arch, sizes.value, self.batch,
-                                                self.context + sizes.new // 2),
-            "prefill": lambda arch: prefill_flops(arch, self.batch, self.context)}
-        dense, pruned = self.sizes_of(sizes)
-        return {name: costs[name](dense) / costs[name](pruned)
-                for name in phases.get(self.kind, ())}
+        return {phase: dense / pruned for phase, (dense, pruned) in self.costs(sizes).items()}
 
     def memory(self, sizes: Sizes) -> int:
         """Bytes of the device's memory that it takes, estimated from above."""

@@ -62,15 +62,15 @@ def onnx(case: Case, sizes: Sizes, device: torch.device, place: Path | None) -> 
 def vllm(case: Case, sizes: Sizes, device: torch.device, place: Path | None) -> dict[str, Any]:
     """Servers of both models up at once, at 1, 8 and 64 requests in flight. Raises InputError where
     vLLM is not there for the device."""
-    engine = engines.find()
-    if engine.device != device.type:
-        raise InputError(f"{engine} is installed, and this is measured on {device.type.upper()}")
     recipe = recipe_file.build(
         {"name": "speed", "model": {"id": "dense", "device": device.type, "dtype": sizes.dtype},
          "prune": {"ratio": case.removed / 100},
          "bench": {"vllm": {"concurrency": [1, 8, 64], "rounds": sizes.slow_rounds,
                             "prompt_tokens": case.context, "requests": VLLM_REQUESTS,
                             "new_tokens": VLLM_NEW}}}, "the benchmark's recipe")
+    engine = engines.find()
+    if engine.device != device.type:
+        raise InputError(f"{engine} is installed, and this is measured on {device.type.upper()}")
     with _folder(case, sizes, place, copies=2) as work:
         folders = {which: random_checkpoint(work / which, case.config(removed, sizes), device)
                    for which, removed in (("dense", 0), ("pruned", case.removed))}

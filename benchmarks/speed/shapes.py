@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bipdeploy.allocation import uniform_widths
-from bipdeploy.families import Architecture, architecture
+from bipdeploy.families import architecture
 from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.recipe import PruneSection
 
@@ -34,6 +34,7 @@ SHAPES = {
     "700M": Shape(1536, 22, 24, 8, 4096, 32000, tied=True),
     "120M": Shape(768, 12, 12, 4, 2048, 32000, tied=True),
     "100M": Shape(768, 12, 12, 12, 2048, 32000),
+    "98M": Shape(768, 12, 12, 12, 2048, 16384, tied=True),
     "30M": Shape(512, 8, 8, 4, 1408, 4096, tied=True),
     "tiny": Shape(64, 3, 4, 2, 96, 4096),
 }
@@ -59,22 +60,3 @@ def pruned_of(config: dict[str, Any], ratio: float, round_to: int) -> dict[str, 
     arch = architecture(config)
     section = PruneSection(ratio=ratio, round_to=round_to)
     return pruned_config(config, arch, uniform_widths(arch, section))
-
-
-def decode_bytes(arch: Architecture, value: int, batch: int, context: int) -> int:
-    """Bytes that one decode step reads at least: every weight but the embedding table (of which it
-    needs a row per sequence), and the keys and values of `context` tokens of every sequence."""
-    table = 0 if arch.tied else arch.vocabulary * arch.hidden
-    return ((arch.parameters() - table) * value
-            + batch * context * arch.kv_bytes_per_token(bytes_per_value=value))
-
-
-def prefill_flops(arch: Architecture, batch: int, context: int) -> int:
-    """FLOPs of the matrix products of a prefill: two per multiply-add, attention's causal half,
-    logits of the last token only."""
-    tokens = batch * context
-    inside = sum(2 * tokens * (widths.kv_heads * arch.kv_group_parameters(i)
-                               + widths.intermediate * arch.channel_parameters())
-                 + 2 * tokens * context * widths.heads * arch.head_dim
-                 for i, widths in enumerate(arch.blocks))
-    return inside + 2 * batch * arch.hidden * arch.vocabulary

@@ -25,10 +25,10 @@ from bipdeploy.slicing import slice_block
 from bipdeploy.stages.recover import refit_block
 from bipdeploy.stages.score import score_together
 from speed.cases import Case, Sizes
+from speed.decoding import WARMUP_STEPS, Decoder, cudagraph_skips, rewind, static_cache
 from speed.models import random_model
 
 RIDGE = 0.01
-WARMUP_STEPS = 4  # compile, warm up and record a CUDA graph, replay it
 
 
 class Walker(BlockWalker):
@@ -177,10 +177,10 @@ class Torch:
 
         def prepared(removed: int) -> Callable[[], dict[str, float]]:
             model = self.model(case, removed)
-            cache = _cache(model, case.context)
+            cache = static_cache(model, case.context)
 
             def once() -> dict[str, float]:
-                _rewind(cache, 0)
+                rewind(cache, 0)
                 return self.timed("seconds", lambda: model(
                     ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
 
@@ -191,7 +191,7 @@ class Torch:
     def decode(self, case: Case) -> dict[str, Any]:
         """Greedy steps behind a context, through CUDA graphs unless eager; seconds of a step."""
         compiling: dict[str, float] = {}
-        skips = _cudagraph_skips()
+        skips = cudagraph_skips()
 
         def prepared(removed: int) -> Callable[[], dict[str, float]]:
             decoder = Decoder(self.model(case, removed), case, self.sizes, self.eager)
@@ -215,50 +215,18 @@ class Torch:
             found[f"{which}_tokens_per_second"] = case.batch / found["seconds"][which]["median"]
         how = "eager" if self.eager else "torch.compile, mode reduce-overhead"
         return {**found, "how": how, "first_steps_seconds": compiling,
-                "cuda_graphs_skipped": _cudagraph_skips() - skips}
+                "cuda_graphs_skipped": cudagraph_skips() - skips}
 
     def _compared(self, case: Case, prepared: Callable[[int], Callable[[], dict[str, float]]],
-                  ideal: str, warmup: int) -> dict[str, Any]:
+                  phase: str, warmup: int) -> dict[str, Any]:
         runs = {"dense": prepared(0), "pruned": prepared(case.removed)}
         times = interleaved(runs, self.sizes.rounds, warmup)
         seconds = {which: found["seconds"] for which, found in times.items()}
         gain = speedup(seconds["dense"], seconds["pruned"])
         return {"seconds": _spreads(seconds), "speedup": gain.as_dict(),
-                "ideal_speedup": case.ideal(self.sizes)[ideal]}
-
-
-class Decoder:
-    """Decodes greedily behind a context of random keys and values, always at the same addresses.
-
-    A CUDA graph reads and writes where it did when it was recorded: the cache's tensors are marked
-    as static by transformers, the tokens are copied in and out.
-    """
-
-    def __init__(self, model: Any, case: Case, sizes: Sizes, eager: bool):
-        self.model, self.context = model, case.context
-        self.cache = _cache(model, case.context + sizes.new)
-        self.token = torch.zeros((case.batch, 1), dtype=torch.long, device=model.device)
-        self.step(self.token)  # not compiled: the cache's tensors are made, and marked, outside
-        for layer in self.cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-        self.rewind()
-        self.run_step = self.step if eager else torch.compile(
-            self.step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-
-    def step(self, token: torch.Tensor) -> torch.Tensor:
-        """The next token [B, 1] after one [B, 1]."""
-        out = self.model(token, past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
-
-    def rewind(self) -> None:
-        _rewind(self.cache, self.context)
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            torch.compiler.cudagraph_mark_step_begin()
-            # Copied before the next step: a graph's output is overwritten when it runs again.
-            self.token.copy_(self.run_step(self.token))
+                "ideal_speedup": case.ideal(self.sizes)[phase],
+                "bytes_read" if phase == "decode" else "flops": dict(
+                    zip(runs, case.costs(self.sizes)[phase], strict=True))}
 
 
 def sliced(model: Any, kept: list[Kept]) -> list[dict[str, torch.Tensor]]:
@@ -278,25 +246,6 @@ def _kept(case: Case, sizes: Sizes) -> list[Kept]:
 
     return [keep(BlockScores(drawn(whole.kv_heads), drawn(whole.intermediate)), widths)
             for whole, widths in zip(dense.blocks, pruned.blocks, strict=True)]
-
-
-def _cache(model: Any, room: int) -> Any:
-    from transformers import StaticCache
-
-    return StaticCache(config=model.config, max_cache_len=room)
-
-
-def _rewind(cache: Any, length: int) -> None:
-    """Make a cache hold its first `length` tokens, in place: graphs know its tensors."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(length)
-
-
-def _cudagraph_skips() -> int:
-    """How often inductor has fallen back from CUDA graphs in this process."""
-    from torch._dynamo.utils import counters
-
-    return counters["inductor"]["cudagraph_skips"]
 
 
 def _spreads(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
