@@ -14,7 +14,6 @@ rounds: of the whole model in memory by transformers, and of the same walk witho
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +36,8 @@ from bipdeploy.stages.score import score_blocks
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of
 
-STAGES = ("score", "prune", "recover")
+IMPORTS = "import torch, transformers.models.llama.modeling_llama"
+STAGES = ("imports", "score", "prune", "recover")  # the first: what the libraries alone take
 SAMPLE_SECONDS = 0.02
 
 
@@ -49,6 +49,8 @@ def settings(arguments: argparse.Namespace) -> list[str]:
 
 def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of a stage; its results go below `work`, where the model is."""
+    if stage == "imports":
+        return [sys.executable, "-c", IMPORTS]
     model, out = work / "model", work / stage
     places: dict[str, list[object]] = {"score": [model],
                                        "prune": [model, work / "score", "--ratio", arguments.ratio],
@@ -61,15 +63,16 @@ def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
 def watched(words: list[str]) -> dict[str, float]:
     """Run a command to its end; its seconds, peaks of memory and bytes read. Linux only.
 
-    peak_bytes is the kernel's own high-water mark; anonymous and file-backed pages are sampled
-    every 20 ms. read_bytes counts what it asked for, disk_bytes what was not in the page cache.
+    peak_bytes is the kernel's own high-water mark (getrusage's would count this process too, from
+    which it is forked); anonymous and file-backed pages are sampled every 20 ms. read_bytes counts
+    what it asked for, disk_bytes what was not in the page cache.
     """
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     found: dict[str, float] = {}
-    names = {"RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
+    names = {"VmHWM": "peak_bytes", "RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
     counters = {"rchar": "read_bytes", "read_bytes": "disk_bytes", "wchar": "written_bytes"}
-    while True:
+    while process.poll() is None:
         for line in _lines(process.pid, "status"):
             if (name := line.split(":")[0]) in names:
                 size = int(line.split()[1]) * 1024
@@ -77,15 +80,10 @@ def watched(words: list[str]) -> dict[str, float]:
         for line in _lines(process.pid, "io"):
             if (name := line.split(":")[0]) in counters:
                 found[counters[name]] = int(line.split()[1])
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if ended:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            break
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
-    return {"seconds": round(time.perf_counter() - began, 2),
-            "peak_bytes": usage.ru_maxrss * 1024, **found}
+    return {"seconds": round(time.perf_counter() - began, 2), **found}
 
 
 def _lines(pid: int, name: str) -> list[str]:
@@ -93,13 +91,6 @@ def _lines(pid: int, name: str) -> list[str]:
         return Path(f"/proc/{pid}/{name}").read_text().splitlines()
     except OSError:  # it ended in between
         return []
-
-
-def stages(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every stage watched, and what a process that only imports the libraries takes."""
-    idle = watched([sys.executable, "-c", "import torch, transformers.models.llama.modeling_llama"])
-    return {"imports_alone": idle,
-            **{stage: watched(command(stage, work, arguments)) for stage in arguments.stages}}
 
 
 def overhead(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +169,8 @@ def main() -> None:
                    "weights_bytes": sum(p.stat().st_size for p in model.glob("*.safetensors")),
                    "seconds_to_make": round(time.time() - began, 1)}
         if arguments.stages:
-            record["stages"] = stages(work, arguments)
+            record["stages"] = {stage: watched(command(stage, work, arguments))
+                                for stage in arguments.stages}
         if arguments.overhead:
             record["overhead"] = overhead(model, arguments)
     finally:

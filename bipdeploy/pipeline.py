@@ -220,12 +220,15 @@ def finishing(name: str) -> Iterator[None]:
     except Exception as error:
         if artifacts.disk_full(error):
             raise  # `artifacts.writing` says so
-        if "out of memory" in str(error).lower():
+        if any(words in str(error).lower() for words in _NO_MEMORY):
             raise _out_of_memory(name) from error
         line = textwrap.shorten(str(error), 200) or "no message"
         raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
                          "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
 
+
+# PyTorch raises RuntimeError for a CPU without memory, and says so in these words only.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 # What to change where a stage runs out of memory.
 _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
@@ -233,7 +236,7 @@ _SMALLER = {
     "score": _WALKS, "recover": _WALKS,
     "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
     "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
-    "export": "switch off the targets that are not needed; the model is loaded whole to check them",
+    "export": "switch off export.onnx or export.vllm, whose checks load the model whole",
     "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
     "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
 
