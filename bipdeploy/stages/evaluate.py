@@ -121,7 +121,8 @@ def window_tokens(window: int | str, max_positions: int) -> int:
 def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
     """Share of the test text that the recipe's other texts also hold: `calibration`, and `lora`
     where adapters are trained."""
-    used = {"calibration": (recipe.calibration, calibration_split(recipe))}
+    used: dict[str, tuple[TextSection, str]] = {
+        "calibration": (recipe.calibration, calibration_split(recipe))}
     if recipe.lora.enabled:
         used["lora"] = (recipe.lora, training_split(recipe))
     return {name: _held_by(section, split, test) for name, (section, split) in used.items()}
