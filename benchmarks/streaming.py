@@ -14,7 +14,6 @@ rounds: of the whole model in memory by transformers, and of the same walk witho
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -27,61 +26,19 @@ from typing import Any
 
 import torch
 
-import bipdeploy
 from bipdeploy import artifacts, console, recipe_file
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import CheckpointWriter
 from bipdeploy.families import architecture
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
 from bipdeploy.stages.score import score_blocks
+from speed.models import random_checkpoint
+from speed.shapes import SHAPES, config_of
 
-# hidden size, blocks, heads, KV heads, FFN channels, vocabulary
-SHAPES = {"7B": (4096, 32, 32, 32, 11008, 32000), "1B": (2048, 22, 32, 4, 5632, 32000),
-          "100M": (768, 12, 12, 12, 2048, 32000), "tiny": (64, 3, 4, 2, 96, 4096)}
-STAGES = ("score", "prune", "recover")
-TOKENIZER = Path(bipdeploy.__file__).parent / "builtin" / "pico"
+IMPORTS = "import torch, transformers.models.llama.modeling_llama"
+STAGES = ("imports", "score", "prune", "recover")  # the first: what the libraries alone take
 SAMPLE_SECONDS = 0.02
-
-
-def config_of(shape: str) -> dict[str, Any]:
-    hidden, blocks, heads, kv_heads, channels, vocabulary = SHAPES[shape]
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-            "num_hidden_layers": blocks, "num_attention_heads": heads, "head_dim": hidden // heads,
-            "num_key_value_heads": kv_heads, "intermediate_size": channels,
-            "vocab_size": vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-            "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16"}
-
-
-def make(folder: Path, shape: str) -> Path:
-    """A random LLaMA of a shape, never more than one tensor of it in memory."""
-    config, generator = config_of(shape), torch.Generator().manual_seed(0)
-    hidden, _, heads, kv_heads, channels, vocabulary = SHAPES[shape]
-    head_dim = config["head_dim"]
-    matrices = {"self_attn.q_proj": (heads * head_dim, hidden),
-                "self_attn.k_proj": (kv_heads * head_dim, hidden),
-                "self_attn.v_proj": (kv_heads * head_dim, hidden),
-                "self_attn.o_proj": (hidden, heads * head_dim),
-                "mlp.gate_proj": (channels, hidden), "mlp.up_proj": (channels, hidden),
-                "mlp.down_proj": (hidden, channels)}
-
-    def drawn(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-
-    norm = torch.ones(hidden, dtype=torch.bfloat16)
-    with CheckpointWriter(folder, config, TOKENIZER) as writer:
-        writer.add({"model.embed_tokens.weight": drawn((vocabulary, hidden))})
-        for index in range(config["num_hidden_layers"]):
-            prefix = f"model.layers.{index}."
-            for name, size in matrices.items():
-                writer.add({f"{name}.weight": drawn(size)}, prefix)
-            writer.add({f"{name}_layernorm.weight": norm for name in ("input", "post_attention")},
-                       prefix)
-        writer.add({"model.norm.weight": norm})
-        writer.add({"lm_head.weight": drawn((vocabulary, hidden))})
-    return folder
 
 
 def settings(arguments: argparse.Namespace) -> list[str]:
@@ -92,6 +49,8 @@ def settings(arguments: argparse.Namespace) -> list[str]:
 
 def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of a stage; its results go below `work`, where the model is."""
+    if stage == "imports":
+        return [sys.executable, "-c", IMPORTS]
     model, out = work / "model", work / stage
     places: dict[str, list[object]] = {"score": [model],
                                        "prune": [model, work / "score", "--ratio", arguments.ratio],
@@ -104,15 +63,16 @@ def command(stage: str, work: Path, arguments: argparse.Namespace) -> list[str]:
 def watched(words: list[str]) -> dict[str, float]:
     """Run a command to its end; its seconds, peaks of memory and bytes read. Linux only.
 
-    peak_bytes is the kernel's own high-water mark; anonymous and file-backed pages are sampled
-    every 20 ms. read_bytes counts what it asked for, disk_bytes what was not in the page cache.
+    peak_bytes is the kernel's own high-water mark (getrusage's would count this process too, from
+    which it is forked); anonymous and file-backed pages are sampled every 20 ms. read_bytes counts
+    what it asked for, disk_bytes what was not in the page cache.
     """
     began = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     found: dict[str, float] = {}
-    names = {"RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
+    names = {"VmHWM": "peak_bytes", "RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
     counters = {"rchar": "read_bytes", "read_bytes": "disk_bytes", "wchar": "written_bytes"}
-    while True:
+    while process.poll() is None:
         for line in _lines(process.pid, "status"):
             if (name := line.split(":")[0]) in names:
                 size = int(line.split()[1]) * 1024
@@ -120,15 +80,10 @@ def watched(words: list[str]) -> dict[str, float]:
         for line in _lines(process.pid, "io"):
             if (name := line.split(":")[0]) in counters:
                 found[counters[name]] = int(line.split()[1])
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        if ended:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            break
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
-    return {"seconds": round(time.perf_counter() - began, 2),
-            "peak_bytes": usage.ru_maxrss * 1024, **found}
+    return {"seconds": round(time.perf_counter() - began, 2), **found}
 
 
 def _lines(pid: int, name: str) -> list[str]:
@@ -136,13 +91,6 @@ def _lines(pid: int, name: str) -> list[str]:
         return Path(f"/proc/{pid}/{name}").read_text().splitlines()
     except OSError:  # it ended in between
         return []
-
-
-def stages(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every stage watched, and what a process that only imports the libraries takes."""
-    idle = watched([sys.executable, "-c", "import torch, transformers.models.llama.modeling_llama"])
-    return {"imports_alone": idle,
-            **{stage: watched(command(stage, work, arguments)) for stage in arguments.stages}}
 
 
 def overhead(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -216,12 +164,13 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv), "shape": arguments.shape,
         "threads": torch.get_num_threads(), "environment": artifacts.environment()}
     try:
-        model = make(work / "model", arguments.shape)
+        model = random_checkpoint(work / "model", config_of(arguments.shape))
         record |= {"parameters": architecture(config_of(arguments.shape)).parameters(),
                    "weights_bytes": sum(p.stat().st_size for p in model.glob("*.safetensors")),
                    "seconds_to_make": round(time.time() - began, 1)}
         if arguments.stages:
-            record["stages"] = stages(work, arguments)
+            record["stages"] = {stage: watched(command(stage, work, arguments))
+                                for stage in arguments.stages}
         if arguments.overhead:
             record["overhead"] = overhead(model, arguments)
     finally:

@@ -17,28 +17,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import bipdeploy
 from bipdeploy import api, artifacts, console
 from bipdeploy.measuring.timing import interleaved, speedup
 from bipdeploy.measuring.torch_bench import generate
 from bipdeploy.modeling import loading
+from speed.models import random_checkpoint
+from speed.shapes import SHAPES, config_of
 
 TARGETS = (("decode", 1.2), ("decode", 1.3), ("decode", 1.5), ("prefill", 1.3))
-SHAPE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-         "num_key_value_heads": 12, "head_dim": 64, "intermediate_size": 2048,
-         "vocab_size": 16384, "max_position_embeddings": 2048, "tie_word_embeddings": True}
-
-
-def make(folder: Path) -> Path:
-    """A random LLaMA of the shape, as a float32 checkpoint, with the built-in tokenizer."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, pad_token_id=None)).save_pretrained(folder)
-    pico = Path(bipdeploy.__file__).parent / "builtin" / "pico"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((pico / name).read_bytes())
-    return folder
+SHAPE = "98M"
 
 
 def pairs(dense: torch.nn.Module, pruned: torch.nn.Module, ids: torch.Tensor,
@@ -68,7 +56,7 @@ def main() -> None:
     began, records = time.time(), []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        dense = str(make(work / "dense"))
+        dense = str(random_checkpoint(work / "dense", config_of(SHAPE, "float32")))
         common = ["score.criterion=magnitude", "calibration.samples=1", "calibration.tokens=16",
                   "prune.round_to=16", "model.device=cpu"]
         table = api.profile(dense, common, batch=1, context=arguments.prompt)
@@ -77,7 +65,7 @@ def main() -> None:
         scores = api.score(dense, work / "scores", common)
         device = torch.device("cpu")
         model = loading.load_model(Path(dense), torch.float32, device)
-        ids = torch.randint(SHAPE["vocab_size"], (1, arguments.prompt),
+        ids = torch.randint(SHAPES[SHAPE].vocabulary, (1, arguments.prompt),
                             generator=torch.Generator().manual_seed(0))
         for phase, asked in TARGETS:
             target = f"{{{phase}_speedup: {asked}, batch: 1, context: {arguments.prompt}}}"
@@ -97,8 +85,9 @@ def main() -> None:
     artifacts.write_json(arguments.out, {
         "command": "python " + " ".join(sys.argv), "seconds": round(time.time() - began),
         "threads": torch.get_num_threads(), "environment": artifacts.environment(),
-        "shape": SHAPE, "profile": {"rounds": table.rounds, "seconds": table.seconds,
-                                    "checks": {n: p.check for n, p in table.phases.items()}},
+        "shape": config_of(SHAPE, "float32"),
+        "profile": {"rounds": table.rounds, "seconds": table.seconds,
+                    "checks": {n: p.check for n, p in table.phases.items()}},
         "records": records})
 
 

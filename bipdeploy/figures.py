@@ -30,7 +30,7 @@ def expected(recipe: Recipe) -> set[str]:
     """Every figure that a run of `recipe` measures."""
     names = {f"{base}.{kind}" for base in ("parameters", "block_parameters", "weights_bytes",
                                            "kv_bytes_per_token") for kind in COMPARED}
-    if recipe.prune.target:
+    if recipe.prune.target and recipe.prune.target.kind != "parameters":
         names |= {f"prune.target.{kind}" for kind in ("asked", "reached")}
     if recipe.lora.enabled:
         names |= set(LORA)

@@ -58,7 +58,7 @@ def sizes(recipe: Recipe, config: Mapping[str, Any], pruned: Architecture) -> Si
 def writes(s: Sizes) -> dict[str, float]:
     """Bytes that each stage writes."""
     recipe, weights = s.recipe, s.weights
-    export = _OTHER + recipe.export.transformers.enabled * 0.0  # its weights are links
+    export = float(_OTHER)  # what `transformers` writes are links
     if recipe.export.vllm.enabled:
         export += weights
     onnx = recipe.export.onnx
@@ -152,8 +152,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
     test = perplexity.max_tokens or TEST_TOKENS
     read = 0.0
-    for window in (len(perplexity.windows) * [128] if not perplexity.enabled else [
-            min(2048, arch.max_positions) if w == "max" else w for w in perplexity.windows]):
+    for window in (min(2048, arch.max_positions) if w == "max" else w for w in perplexity.windows):
         for model in (arch, s.pruned):
             read += test / window * (cost.flops(model, window).whole(model.blocks)
                                      + cost.head_flops(model, window))

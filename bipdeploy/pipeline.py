@@ -62,7 +62,7 @@ STAGES: dict[str, Stage] = {
     "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "lora",
                      "seed"), ("pruned", "prune"), libraries=_VLLM + _ONNX),
-    "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
+    "evaluate": Stage(("evaluate", "model", "calibration", "lora"), ("dense", "exported", "export"),
                       libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
@@ -220,12 +220,15 @@ def finishing(name: str) -> Iterator[None]:
     except Exception as error:
         if artifacts.disk_full(error):
             raise  # `artifacts.writing` says so
-        if "out of memory" in str(error).lower():
+        if any(words in str(error).lower() for words in _NO_MEMORY):
             raise _out_of_memory(name) from error
         line = textwrap.shorten(str(error), 200) or "no message"
         raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
                          "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
 
+
+# PyTorch raises RuntimeError for a CPU without memory, and says so in these words only.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 # What to change where a stage runs out of memory.
 _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
@@ -233,7 +236,7 @@ _SMALLER = {
     "score": _WALKS, "recover": _WALKS,
     "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
     "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
-    "export": "switch off the targets that are not needed; the model is loaded whole to check them",
+    "export": "switch off export.onnx or export.vllm, whose checks load the model whole",
     "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
     "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
 
@@ -264,7 +267,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections
+                     if s != "lora" or recipe.lora.enabled},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -276,8 +280,11 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["training"] = text.fingerprint(recipe.lora.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
-    if "prune" in stage.sections and recipe.prune.target and recipe.prune.target.timed:
-        parts["profile"] = keys.get("profile")
+    if "prune" in stage.sections and (target := recipe.prune.target):
+        if target.timed:
+            parts["profile"] = keys.get("profile")
+        if target.kind == "memory":  # the biases that a repair adds count
+            parts["repair"] = recipe.recover.method
     return artifacts.digest(parts)
 
 

@@ -80,6 +80,10 @@ def check_texts(recipe: Recipe) -> None:
         named["lora.data"] = recipe.lora.data
     listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]
     faults = [f"{name}: {fault}" for name, data in listed if (fault := text.check(data))]
+    lora = recipe.lora
+    if lora.enabled and lora.format == "alpaca" and text.is_running_text(lora.data):
+        faults.append(f"lora.data: {lora.data} has no columns, which lora.format alpaca reads; "
+                      "give a .jsonl or .parquet file that has, or alpaca")
     if faults:
         raise InputError("\n".join(faults))
 

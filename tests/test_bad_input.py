@@ -11,12 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from bipdeploy import artifacts
+from bipdeploy import artifacts, checkpoint, sources
 from bipdeploy.errors import StageError
 from bipdeploy.pipeline import STAGES
 from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message, refused
+from tests.test_checkpoint import rewrite
 from tests.tiny import PICO, tiny_model
 
 
@@ -160,13 +162,48 @@ def test_a_tensor_that_is_missing(tmp_path, model, words):
             "model.layers.2.self_attn.k_proj.weight is missing")
 
 
-def test_a_tensor_of_another_shape(tmp_path, model, words):
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "model.norm.weight",
+                                    "model.layers.2.mlp.up_proj.weight",
+                                    "model.layers.6.self_attn.k_proj.weight"])
+def test_a_tensor_of_another_shape(tmp_path, model, tensor):
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"] = torch.zeros(16, 128)
+    weights[tensor] = weights[tensor][:-1].contiguous()
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    done = run_here(tmp_path / "runs", f"model.id={model}", f"calibration.data={words}")
-    assert done.returncode in (1, 2)
-    refused(done, done.returncode, "up_proj")
+    for done in (run_here(tmp_path / "runs", f"model.id={model}"),
+                 bipdeploy_here("check", SMOKE, "--set", f"model.id={model}"),
+                 bipdeploy_here("score", model, "--out", tmp_path / "runs" / "scores")):
+        line = [line for line in message(done) if "tensor" in line]
+        assert done.returncode == 2
+        assert len(line) == 1
+        assert f"tensor {tensor} is {weights[tensor].shape[0]}" in line[0]
+        assert "by config.json it is" in line[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off"])
+def test_a_shard_of_the_hub_cache_that_is_not_whole(tmp_path, model, monkeypatch, damage):
+    """As a download that was broken off leaves it: links to files that are not there, or short."""
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 1 << 20)
+    hub, commit = tmp_path / "hub" / "models--org--name", "0" * 40
+    snapshot, blobs = hub / "snapshots" / commit, hub / "blobs"
+    rewrite(model, snapshot)
+    blobs.mkdir()
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert sources.model_folder("org/name") == snapshot
+    shard = sorted(snapshot.glob("model-*.safetensors"))[1]
+    if damage == "gone":
+        shard.resolve().unlink()
+    else:
+        shard.resolve().write_bytes(shard.read_bytes()[:-1])
+    refused(run_here(tmp_path / "runs", "model.id=org/name"), 2, shard.name,
+            "is missing (1 of" if damage == "gone" else "damaged or truncated")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_without_a_tokenizer(tmp_path, model, words):

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bipdeploy import api, artifacts, cli, figures, recipe_file
+from bipdeploy import api, artifacts, cli, figures, pipeline, recipe_file
+from bipdeploy.console import Silent
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.evaluation.perplexity import forward_of, perplexity
@@ -167,6 +168,11 @@ def test_a_change_reruns_the_first_stage_that_depends_on_it(again, override, fir
     assert (result.reused, result.ran) == (NAMES[:NAMES.index(first)], [first])
 
 
+def test_where_activations_are_kept_reruns_nothing(again):
+    result = again("calibration.spill=true", until="recover")
+    assert (result.reused, result.ran) == (NAMES[:3], [])
+
+
 def test_another_gate_reruns_the_judgement_and_the_report_alone(again):
     result = again("gates.perplexity.ratio.max=1.0")
     assert result.ran == ["gate", "report"]
@@ -293,6 +299,20 @@ def test_an_error_of_a_stage_s_own_code_is_one_line_that_names_the_stage(tmp_pat
         api.prune("builtin:pico", scores, tmp_path / "out", ratio=0.3)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists() and leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(("stage", "advice"), [
+    ("score", "calibration.spill: true"), ("recover", "calibration.spill: true"),
+    ("prune", "prune.search.windows"), ("export", "export.onnx"),
+    ("evaluate", "evaluate.perplexity.batch"), ("bench", "bench.torch.batch")])
+def test_a_stage_that_runs_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, stage, advice):
+    monkeypatch.setattr(pipeline.Stage, "function", staticmethod(
+        lambda _: lambda _: torch.empty(1 << 50)))
+    recipe = recipe_file.build({"name": "x", "model": {"id": "builtin:pico"},
+                                "prune": {"ratio": 0.3}}, "test", [])
+    with pytest.raises(StageError, match=rf"stage {stage} ran out of memory; .*{advice}"):
+        pipeline.run_stage(stage, recipe, {}, tmp_path / stage, "", Silent())
+    assert list(tmp_path.iterdir()) == []
 
 
 # Same in, same out

@@ -151,6 +151,21 @@ def test_biases_that_the_repair_adds_count(tmp_path):
     assert shown.costs["disk_bytes"]["pruned"] <= target.cost.whole(widths) <= 3_500_000
 
 
+def test_a_repair_that_adds_biases_reruns_prune_where_bytes_are_asked_for():
+    def prune(target: str, method: str) -> str:
+        return pipeline.stage_keys(asked(target, f"recover.method={method}"), PICO)["prune"]
+
+    assert prune("{memory: 3.5MB}", "refit") != prune("{memory: 3.5MB}", "bias")
+    assert prune("{flops: 0.3}", "refit") == prune("{flops: 0.3}", "bias")
+
+
+def test_a_share_of_parameters_has_no_figure_that_a_gate_could_wait_for():
+    gate = "gates.prune.target.reached.min=0.2"
+    asked("{flops: 0.3}", gate)
+    with pytest.raises(RecipeError, match=r"no enabled stage measures 'prune.target.reached'"):
+        asked("{parameters: 0.3}", gate)
+
+
 def test_a_search_spends_the_target_s_own_unit(tiny, tmp_path):
     base = [*short_calibration(tmp_path), "prune.layers=searched", "prune.round_to=8",
             "prune.search.points=3"]

@@ -140,9 +140,9 @@ def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
 
 
 def dense_key(wanted: Plan) -> str:
-    """A digest of all that the dense model's figures depend on."""
-    return artifacts.digest({**wanted.context, "calibration": None, **_sections(
-        wanted.recipe, ("model", "evaluate"))})
+    """A digest of all that the dense model's figures, and the texts' overlaps, depend on."""
+    return artifacts.digest({**wanted.context, **_sections(
+        wanted.recipe, ("model", "evaluate", "calibration", "lora"))})
 
 
 def key(wanted: Plan, cell: Cell) -> str:
@@ -178,12 +178,20 @@ def current(wanted: Plan, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     found: dict[Cell, dict[str, Any]] = {}
     for record in records:
         cell = cell_of(record)
-        if cell is not None and record["key"] == key(wanted, cell):
+        if cell is not None and record["key"] == _key_now(wanted, cell):
             found[cell] = record
     methods = {m: n for n, m in enumerate(dict.fromkeys(
         [c.method for c in wanted.cells] + [c.method for c in found]))}
     return [found[cell] for cell in sorted(found, key=lambda c: (
         methods[c.method], c.ratio, list(REPAIRS).index(c.repair), c.seed))]
+
+
+def _key_now(wanted: Plan, cell: Cell) -> str | None:
+    """The cell's key; None where this recipe and model cannot have such a cell."""
+    try:
+        return key(wanted, cell)
+    except InputError:
+        return None
 
 
 def cell_of(record: Mapping[str, Any]) -> Cell | None:

@@ -8,8 +8,8 @@ from typing import Any
 from bipdeploy.comparing.results import Records, log_axis, ratios_in, repairs_in
 
 # Told apart by shape and by colour (Okabe and Ito's palette).
-MARKS = ("o", "s", "D", "^", "v", "P")
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#D55E00")
+MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#F0E442", "#000000")
 
 
 def draw(summary: Records, dense: float) -> bytes:

@@ -21,7 +21,8 @@ def measured() -> dict[str, float]:
     done = subprocess.run([sys.executable, "-m", __name__], capture_output=True, text=True,
                           check=False)
     if done.returncode:
-        raise StageError(f"measuring this CPU failed: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise StageError(f"measuring this CPU failed: {last}")
     return json.loads(done.stdout)
 
 

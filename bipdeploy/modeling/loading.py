@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bipdeploy.errors import InputError
@@ -48,6 +49,20 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, *,
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype,
                                                  trust_remote_code=trust_remote_code)
     return model.to(device).eval()
+
+
+def open_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model as `load_model` gives it, whose blocks stay on the disk: transformers reads each
+    when it comes to it, and lets go of it again. For a forward pass or two."""
+    from transformers import AutoModelForCausalLM
+
+    outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(outside, str(device)), "model.layers": "disk"}
+    with TemporaryDirectory() as unused:  # safetensors are read where they are
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=load_config(folder), dtype=dtype, device_map=places,
+            offload_folder=unused)
+    return model.eval()
 
 
 def layer_class(family: Family, config: Any) -> type:
