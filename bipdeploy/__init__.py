@@ -6,7 +6,8 @@ from importlib import metadata
 from typing import Any
 
 __version__ = metadata.version("bipdeploy")
-__all__ = ["bench", "evaluate", "export", "gate", "prune", "recover", "report", "run", "score"]
+__all__ = ["bench", "evaluate", "export", "gate", "lora", "prune", "recover", "report", "run",
+           "score"]
 
 
 def __getattr__(name: str) -> Any:

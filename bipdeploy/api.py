@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bipdeploy import artifacts, pipeline, recipe_file, sources
 from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.comparing.command import Compared
+from bipdeploy.comparing.command import compare as compared
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
 from bipdeploy.recipe import Recipe
@@ -26,12 +28,24 @@ def run(recipe: Recipe | PathLike, overrides: Sequence[str] = (), runs: PathLike
         force: bool = False, start: str | None = None, until: str | None = None,
         reporting: pipeline.Reporting | None = None) -> pipeline.RunResult:
     """Run a recipe (an object or a YAML file) with `section.field=value` overrides."""
+    return pipeline.run(_recipe(recipe, overrides), Path(runs), force=force, start=start,
+                        until=until, reporting=reporting)
+
+
+def compare(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] = (),
+            reporter: Reporter | None = None, *, command: str = "bipdeploy.compare",
+            said: Callable[[str], None] = lambda _: None) -> Compared:
+    """Measure the methods of a recipe's section `compare` against each other; records that `out`
+    holds already are reused. `said` is told, in a line, about every method that is done."""
+    return compared(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, said)
+
+
+def _recipe(recipe: Recipe | PathLike, overrides: Sequence[str]) -> Recipe:
     if not isinstance(recipe, Recipe):
-        recipe = recipe_file.load(recipe, list(overrides))
-    elif overrides:
+        return recipe_file.load(recipe, list(overrides))
+    if overrides:
         raise ValueError("overrides go with a recipe file; change a Recipe with model_copy")
-    return pipeline.run(recipe, Path(runs), force=force, start=start, until=until,
-                        reporting=reporting)
+    return recipe
 
 
 def score(model: str, out: PathLike, settings: Sequence[str] = (),
@@ -52,6 +66,13 @@ def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str]
     """Repair a sliced model beside its dense origin; returns the folder that holds `model`."""
     return _stage("recover", model, {"sliced": sources.model_folder(str(pruned))}, out, settings,
                   reporter)
+
+
+def lora(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+         reporter: Reporter | None = None) -> Path:
+    """Train adapters on a pruned model and merge them; returns the folder that holds `model`."""
+    return _stage("lora", model, {"repaired": sources.model_folder(str(pruned))}, out,
+                  ["lora.enabled=true", *settings], reporter)
 
 
 def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
@@ -103,6 +124,7 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
            settings: Sequence[str], reporter: Reporter | None) -> Path:
     base = {"name": "stage", "model": {"id": model}, "prune": {"ratio": 0.5}}
     recipe = recipe_file.build(base, "--set", list(settings))
+    pipeline.require_one_process()
     if "dense" in pipeline.STAGES[name].inputs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
                                                code=recipe.model.trust_remote_code)

@@ -52,6 +52,15 @@ def writing(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def checkpoint_folder(folder: Path) -> Path:
+    """Where a stage that writes `folder` (final, or the partial one that `writing` gives) keeps
+    what an interrupted run can go on from. Removed once the stage has ended well."""
+    name = folder.name
+    if name.startswith(".") and name.endswith(".partial"):
+        name = name[1:].removesuffix(".partial")
+    return folder.with_name(f".{name}.checkpoint")
+
+
 def unwritable(path: Path, error: BaseException) -> BipdeployError:
     """What to raise where something cannot be written: a full disk is no fault of the input."""
     if disk_full(error):

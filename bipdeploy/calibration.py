@@ -18,6 +18,10 @@ def calibration_split(recipe: Recipe) -> str:
     return recipe.calibration.split or "calibration"
 
 
+def training_split(recipe: Recipe) -> str:
+    return recipe.lora.split or "calibration"
+
+
 def test_split(recipe: Recipe) -> str:
     return recipe.evaluate.perplexity.split or "test"
 

@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bipdeploy.errors import STAGE_FAILED, BipdeployError, GateError
+from bipdeploy.errors import STAGE_FAILED, BipdeployError, GateError, StageError
 
 app = typer.Typer(name="bipdeploy", no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -68,6 +68,67 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
     if faulty:
         raise InputError("\n".join(faulty))
 
+
+@app.command()
+def compare(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+            out: Out,
+            criteria: Annotated[str | None, typer.Option(
+                help="Criteria, such as llm_bip:measured,flap.")] = None,
+            layers: Annotated[str | None, typer.Option(
+                help="Spreads of the budget, such as uniform,searched.")] = None,
+            methods: Annotated[str | None, typer.Option(
+                help="Single methods, such as flap@adaptive.")] = None,
+            ratios: Annotated[str | None, typer.Option(help="Such as 0.2,0.5.")] = None,
+            repairs: Annotated[str | None, typer.Option(
+                help="Such as none,bias,refit.")] = None,
+            seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2.")] = None,
+            settings: Set = None,
+            as_json: Annotated[bool, typer.Option(
+                "--json", help="Summary as JSON on stdout.")] = False) -> None:
+    """Compare criteria, layers, ratios and repairs on one model; what OUT holds is reused."""
+    import shlex
+
+    from bipdeploy import api, console, screens
+
+    given = {"criteria": criteria, "layers": layers, "methods": methods, "ratios": ratios,
+             "repairs": repairs, "seeds": seeds}
+    with console.bar("compare") as bar:
+        compared = api.compare(
+            recipe, out, [*_compare_settings(given), *(settings or [])], bar,
+            command=shlex.join(["bipdeploy", *sys.argv[1:]]), said=console.log)
+    if as_json:
+        print(json.dumps({"folder": str(compared.folder), "measured": compared.measured,
+                          "reused": compared.reused, **{name: compared.data[name] for name in (
+                              "dense", "summary", "not_run")}}))
+    else:
+        screens.show_compared(compared)
+    if compared.data["not_run"]:
+        raise StageError("\n".join(f"not run: {c['cell']}: {c['why']}"
+                                   for c in compared.data["not_run"]))
+
+
+def _compare_settings(given: dict[str, str | None]) -> list[str]:
+    """Options of `compare` as overrides. Methods and repairs that are named stand alone: what the
+    recipe lists besides is left out."""
+    named: dict[str, Any] = {name: value.split(",") for name, value in given.items()
+                             if value is not None}
+    if "methods" in named:
+        named = {"criteria": [], **named}
+    if {"criteria", "layers"} & set(named):
+        named = {"methods": [], **named}
+    if {"methods", "repairs"} & set(named):
+        named["also"] = {}
+    for name in {"ratios", "seeds"} & set(named):
+        named[name] = [_number(word) for word in named[name]]
+    return [f"compare.{name}={json.dumps(value)}" for name, value in named.items()]
+
+
+def _number(word: str) -> object:
+    """The number that a word is, or the word, which the recipe then refuses."""
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context,
@@ -164,6 +225,12 @@ def prune(model: Model,
 def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
     """Repair a pruned model beside its dense origin."""
     _one("recover", lambda api, bar: api.recover(model, pruned, out, settings or [], bar))
+
+
+@app.command(rich_help_panel="One stage on plain paths")
+def lora(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
+    """Train low-rank adapters on a pruned model and merge them."""
+    _one("lora", lambda api, bar: api.lora(model, pruned, out, settings or [], bar))
 
 
 @app.command(rich_help_panel="One stage on plain paths")

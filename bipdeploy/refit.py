@@ -51,6 +51,19 @@ class RidgeProblem:
         self.cross_KD += other.cross_KD
         self.before += other.before
 
+    def restricted(self, columns: torch.Tensor) -> RidgeProblem:
+        """The same problem with only some of the inputs there, from the sums alone."""
+        gone = torch.ones(len(self.gram_KK), dtype=torch.bool, device=columns.device)
+        gone[columns] = False
+        left = RidgeProblem(self.start_DK[:, columns])
+        left.gram_KK = self.gram_KK[columns][:, columns]
+        left.cross_KD = (self.cross_KD[columns] + self.gram_KK[columns][:, gone]
+                         @ self.start_DK[:, gone].double().T)
+        start = self.start_DK.clone()
+        start[:, gone] = 0
+        left.before = self.error(start)
+        return left
+
     def solve(self, ridge: float) -> torch.Tensor:
         """The refitted weight [D, K] in float64. `ridge` is relative to the mean of diag(Z'Z)."""
         scale = self.gram_KK.diagonal().mean().clamp_min(1e-12)

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bipdeploy import console, summary
+from bipdeploy.comparing import results
+from bipdeploy.comparing.command import Compared
 from bipdeploy.pipeline import RunResult
 from bipdeploy.plan import Plan, Verdict, described
 from bipdeploy.summary import Row
@@ -22,7 +24,10 @@ def show_run(result: RunResult) -> None:
         console.err.print(f"reused, nothing changed: {', '.join(result.reused)}")
     folders = {name: result.folder / name for name in result.stages}
     show_comparison(folders)
-    gates = summary.collect(folders)["gates"]
+    collected = summary.collect(folders)
+    if collected["lora_said"]:
+        console.out.print(collected["lora_said"] + "\n", markup=False)
+    gates = collected["gates"]
     if gates and gates["gates"]:
         show_gates(gates["gates"])
     for label, path in (("model", "export/transformers"), ("report", "report/report.html"),
@@ -48,6 +53,40 @@ def _show_rows(rows: Sequence[Row], titles: Sequence[str]) -> None:
         table.add_row(row.label, *cells[:len(titles)])
     console.out.print(table)
     console.out.print()
+
+
+WIDTH = 120  # columns that a table may take before it is split, where stdout is no terminal
+
+
+def show_compared(compared: Compared) -> None:
+    """The table of a comparison, one per ratio where it would be too wide, and its page."""
+    summary = results.main(compared.data["summary"]) if compared.data["summary"] else []
+    if summary:
+        text, window = summary[0]["text"], summary[0]["window"]
+        dense = compared.data["dense"]["perplexity"][text][window]["perplexity"]
+        console.out.print(f"perplexity on {text}\nwindow {window}, dense {results.shown(dense)}; "
+                          "mean over seeds ± largest distance from it\n", markup=False)
+    ratios = results.ratios_in(summary)
+    whole = results.table(summary, ratios)
+    limit = console.out.width if console.out.is_terminal else WIDTH
+    tables = ([whole] if _width(whole) <= limit else
+              [results.table(summary, [ratio]) for ratio in ratios])
+    for heading, *rows in tables if summary else []:
+        # Its own width: where stdout is no terminal, rich would cut cells off at 80 columns.
+        table = Table(box=None, pad_edge=False, header_style="bold",
+                      width=_width([heading, *rows]) - 2)
+        for number, title in enumerate(heading):
+            table.add_column(title, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.out.print(table)
+        console.out.print()
+    console.out.print(f"measured {compared.measured}, reused {compared.reused}; "
+                      f"{compared.folder / 'compare.md'}", markup=False)
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True))
 
 
 def show_plan(plan: Plan) -> None:

@@ -16,28 +16,31 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_file", "artifacts", "figures", "console", "stages.job",
-     "tasks"),
+    ("recipe", "recipe_base", "recipe_lora", "comparison", "recipe_file", "artifacts", "figures",
+     "console", "stages.job", "tasks"),
     ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
      "activations", "blocks", "modeling", "modeling."),
-    ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit", "exporters",
-     "exporters.", "ort", "ort.", "evaluation", "evaluation.", "measuring", "measuring.",
-     "serving", "serving.", "templates"),
+    ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",
+     "elimination", "reselection", "exporters", "exporters.", "ort", "ort.", "evaluation",
+     "evaluation.", "measuring", "measuring.", "tuning", "tuning.", "serving", "serving.",
+     "templates"),
     ("stages", "stages.", "summary"),
     ("pipeline", "plan", "generation"),
+    ("comparing", "comparing."),
     ("api", "screens", "cli", ""),
 ]
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
-         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate"}
-LIGHT = ("cli", "console", "errors", "recipe", "recipe_file", "pipeline", "plan", "artifacts",
-         "sources", "figures", "summary", "screens", "families", "divisibility", "depth",
-         "allocation", "calibration", "tensor_file", "checkpoint", "criteria", "api", "data",
-         "data.pydocs", "data.text", "data.windows", "data.pydocs_choice", "tasks", "stages.job",
-         "stages.gate",
-         "modeling.formats", "serving", "serving.engine", "serving.server", "serving.command",
-         "serving.probe", "templates", "exporters", "exporters.portability", "ort",
-         "ort.installed", "ort.folder", "generation")
+         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft"}
+LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "recipe_file",
+         "pipeline", "plan", "artifacts", "sources", "figures", "summary", "screens", "families",
+         "divisibility", "depth", "allocation", "calibration", "tensor_file", "checkpoint",
+         "criteria", "api", "data", "data.pydocs", "data.text", "data.windows",
+         "data.pydocs_choice", "tasks", "stages.job", "stages.gate", "modeling.formats", "serving",
+         "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
+         "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation",
+         "comparison", "comparing", "comparing.cells", "comparing.command", "comparing.records",
+         "comparing.results", "comparing.plot")
 
 
 def layer(module: str) -> int:

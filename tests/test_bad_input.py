@@ -301,11 +301,12 @@ def test_a_calibration_text_that_is_too_short(tmp_path, words):
 def test_a_test_text_that_is_too_short_keeps_the_earlier_stages(tmp_path, smoke, words):
     words.write_text("Only a few words.")
     shutil.copytree(smoke.folder, tmp_path / "runs" / "smoke")
-    for name in list(STAGES)[4:]:
+    before = list(STAGES)[:list(STAGES).index("evaluate")]
+    for name in set(STAGES) - set(before):
         shutil.rmtree(tmp_path / "runs" / "smoke" / name)
     done = run_here(tmp_path / "runs", f"evaluate.perplexity.data={words}")
     refused(done, 2, "evaluate.perplexity", "fills no window of 128")
-    assert stages(tmp_path / "runs") == list(STAGES)[:4]
+    assert stages(tmp_path / "runs") == before
     again = bipdeploy("run", SMOKE, "--runs", tmp_path / "runs", "--until", "export", "--json")
     assert json.loads(again.stdout)["ran"] == []
 

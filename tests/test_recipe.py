@@ -60,7 +60,8 @@ def test_every_recipe_opens_with_its_schema_what_it_needs_and_its_command(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     header = lines[:next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     assert header[0] == "# yaml-language-server: $schema=schema.json"
-    assert f"#     bipdeploy run recipes/{path.name}" in header
+    command = "compare" if path.stem.startswith("compare") else "run"
+    assert any(line.startswith(f"#     bipdeploy {command} recipes/{path.name}") for line in header)
     assert any(line.startswith("# Needs") for line in header)
 
 

@@ -46,6 +46,9 @@ class Criterion:
 CRITERIA: dict[str, Criterion] = {
     "llm_bip": Criterion("llm_bip:influence", frozenset({"energy", "gram", "ffn_parts", "output"}),
                          True, "LLM-BIP, arXiv 2412.06419"),
+    "llm_bip_joint": Criterion("joint:influence", frozenset({"outer", "ffn_parts", "output"}),
+                               True, "LLM-BIP, arXiv 2412.06419, selecting jointly as ZipLM does, "
+                               "arXiv 2302.04089"),
     "wanda_sp": Criterion("baselines:wanda_sp", frozenset({"energy"}), False,
                           "arXiv 2306.11695, in the structured form of arXiv 2312.11983"),
     "flap": Criterion("flap:wifv", frozenset({"moments"}), True,

@@ -76,6 +76,17 @@ def ffn_input_gain(block: Block, gate_F: torch.Tensor, up_F: torch.Tensor) -> to
             + (reach_F * gate_F) @ mlp.up_proj.weight.float().abs())
 
 
+def output_gain(block: Block, gate_F: torch.Tensor, up_F: torch.Tensor, inverse: torch.Tensor
+                ) -> torch.Tensor:
+    """How far a unit change of each coordinate of the attention's output moves the block's: [D].
+
+    c_j of |dy| <= sum_j c_j |delta_j|; `gate_F`, `up_F` as in `ffn_input_gain`, `inverse` the
+    magnitude of 1 / rms(u). Float64.
+    """
+    gamma = block.layer.post_attention_layernorm.weight.float().abs()
+    return 1 + (ffn_input_gain(block, gate_F, up_F) * gamma * inverse).double()
+
+
 def strict_bound(block: Block, delta: torch.Tensor, u: torch.Tensor,
                  eps: float) -> torch.Tensor:
     """An upper bound on |dy_t| for every token: delta, u [N, D] → [N]. Holds without exception.

@@ -33,6 +33,8 @@ class Statistics:
     z_energy [G*q*E] and h_energy [F]: sums of squares of the inputs of o_proj and down_proj.
     z_sum, z_square, h_sum, h_square: sums and sums of squares, exact enough for variances.
     z_gram [G, q*E, q*E]: sum of z z'; z_gram_scaled: the same over mean(u^2) of each token.
+    z_outer [G*q*E, G*q*E], h_outer [F, F]: sums of z z' and h h' over all groups, float64.
+    inverse_energy: sum of 1 / mean(u^2) over the tokens.
     up_energy, gate_energy [F]: sums of squares of up and silu(gate). output_energy: of y.
     measured [G]: sums of squares of the change of y when the group is removed.
     similarity [3]: sums of the cosines of x and u, of u and y, and of x and y.
@@ -46,6 +48,12 @@ class Statistics:
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def absorb(self, other: Statistics) -> None:
+        """Take in what another device saw."""
+        self.tokens += other.tokens
+        for name, value in other.sums.items():
+            self._add(name, value.to(self.sums[name].device))
 
     def _add_moments(self, prefix: str, x: torch.Tensor) -> None:
         x = x.double()  # in float32 a variance far below the mean's square would drown
@@ -67,10 +75,12 @@ class Statistics:
             self._add_moments("z", z)
         if "gram" in self.needs:
             z_G = z.view(len(z), self.groups, -1).transpose(0, 1)
-            inverse_rms = (u.flatten(0, -2).float().square().mean(-1) + self.eps).rsqrt()
-            scaled = z_G * inverse_rms[None, :, None]
+            scaled = z_G * inverse_rms(u, self.eps)[None, :, None]
             self._add("z_gram", z_G.transpose(1, 2) @ z_G)
             self._add("z_gram_scaled", scaled.transpose(1, 2) @ scaled)
+        if "outer" in self.needs:
+            self._add("z_outer", (z.T @ z).double())
+            self._add("inverse_energy", inverse_rms(u, self.eps).square().sum().double())
 
     def see_ffn(self, gate: torch.Tensor, up: torch.Tensor) -> None:
         """Take in a batch of silu(gate) and up, both [.., F]."""
@@ -79,6 +89,9 @@ class Statistics:
             self._add("h_energy", (gate * up).square().sum(0).double())
         if "moments" in self.needs:
             self._add_moments("h", gate * up)
+        if "outer" in self.needs:
+            h = gate * up
+            self._add("h_outer", (h.T @ h).double())
         if "ffn_parts" in self.needs:
             self._add("gate_energy", gate.square().sum(0).double())
             self._add("up_energy", up.square().sum(0).double())
@@ -109,6 +122,11 @@ class Statistics:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.sums[name]
+
+
+def inverse_rms(u: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / rms of every token of u [.., D], as RMSNorm takes it: [N]."""
+    return (u.flatten(0, -2).float().square().mean(-1) + eps).rsqrt()
 
 
 @dataclass(frozen=True)

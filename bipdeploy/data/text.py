@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bipdeploy.data import pydocs
 from bipdeploy.errors import InputError, did_you_mean
@@ -82,6 +85,41 @@ def read(data: str, split: str, field: str = "text") -> Text:
     return Text(data, split, tuple(documents))
 
 
+@dataclass(frozen=True)
+class Records:
+    """Rows with several columns that were read, and where they came from."""
+
+    name: str
+    split: str
+    rows: tuple[dict[str, str], ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the rows' content."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+
+
+def records(data: str, split: str, columns: Sequence[str]) -> Records:
+    """Rows with these columns, all as text; an absent value is empty.
+
+    Raises InputError with one line where they cannot be had, or a column is missing.
+    """
+    if data.startswith("builtin:") or Path(data).suffix == ".txt":
+        raise InputError(f"data: {data} has no columns {', '.join(columns)}; give a .jsonl or "
+                         ".parquet file that has, or alpaca")
+    table = (_hub_table(data, split) if data in HUB_SETS
+             else _file_table(Path(data).expanduser()))
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise InputError(f"data: {data} has no column {missing[0]!r} (it has "
+                         f"{', '.join(table.column_names)}); {', '.join(columns)} are needed")
+    rows = tuple({name: "" if row[name] is None else str(row[name]) for name in columns}
+                 for row in table.select_columns(list(columns)))
+    if not rows:
+        raise InputError(f"data: {data!r} (split {split}) holds no rows")
+    return Records(data, split, rows)
+
+
 def fingerprint(data: str, split: str) -> str:
     """What changes when the text does, without reading more than a local file."""
     path = Path(data).expanduser()
@@ -122,21 +160,35 @@ def _from_file(path: Path, field: str) -> list[str]:
             return [path.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"data: {path} is not readable UTF-8 text: {error}") from error
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        rows = load_dataset(LOCAL_SUFFIXES[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, OSError, ValueError, StopIteration) as error:
-        line = (str(error).strip() or "it has no rows").splitlines()[0]
-        raise InputError(f"data: {path} is not readable as {path.suffix[1:]}: {line}") from error
+    rows = _file_table(path)
     if field not in rows.column_names:
         raise InputError(f"field: {path} has no column {field!r}"
                          f"{did_you_mean(field, rows.column_names)}")
     return [str(value) for value in rows[field] if value is not None and str(value).strip()]
 
 
+def _file_table(path: Path) -> Any:
+    """The rows of a local file, as a `datasets.Dataset`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    fault = check(str(path))
+    if fault:
+        raise InputError(f"data: {fault}")
+    try:
+        return load_dataset(LOCAL_SUFFIXES[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, OSError, ValueError, StopIteration) as error:
+        line = (str(error).strip() or "it has no rows").splitlines()[0]
+        raise InputError(f"data: {path} is not readable as {path.suffix[1:]}: {line}") from error
+
+
 def _from_hub(name: str, split: str) -> list[str]:
+    # Blank rows stay: the published perplexities join all rows by blank lines.
+    return [str(value) for value in _hub_table(name, split)[HUB_SETS[name].field]]
+
+
+def _hub_table(name: str, split: str) -> Any:
+    """The rows of a hub set, as a `datasets.Dataset`."""
     from datasets import load_dataset
 
     hub = HUB_SETS[name]
@@ -145,11 +197,9 @@ def _from_hub(name: str, split: str) -> list[str]:
              if hub.files else None)
     part = theirs if hub.rows is None else f"{theirs}[:{hub.rows}]"
     try:
-        rows = load_dataset(hub.path, hub.config, data_files=files, split=part,
+        return load_dataset(hub.path, hub.config, data_files=files, split=part,
                             revision=hub.revision)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"data: {name} ({hub.path}) could not be had from the hub: {line[:160]}; "
                          "offline, use builtin:pydocs or a local .txt or .jsonl file") from error
-    # Blank rows stay: the published perplexities join all rows by blank lines.
-    return [str(value) for value in rows[hub.field]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,14 @@ def token_ids(text: Text, folder: Path) -> torch.Tensor:
     """All tokens of a text as one sequence [tokens], documents joined by blank lines.
 
     The tokenizer adds its own special tokens once, at the very beginning, as the published
-    perplexity protocols do.
+    perplexity protocols do. Texts that were seen last are not read again.
     """
+    files = sorted(folder.glob("*token*")) + sorted(folder.glob("*.model"))
+    return _token_ids(text, folder, tuple((p, p.stat().st_mtime_ns) for p in files))
+
+
+@lru_cache(maxsize=4)
+def _token_ids(text: Text, folder: Path, _: tuple[tuple[Path, int], ...]) -> torch.Tensor:
     import torch
 
     # verbose=False: a text longer than the model's maximum is expected here; windows cut it.

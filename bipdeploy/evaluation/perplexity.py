@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
+IGNORED = -100  # a target that adds no loss
+
+
 class Perplexity(NamedTuple):
     """nats: mean negative log-likelihood per predicted token; tokens: how many were predicted."""
 
@@ -48,10 +51,12 @@ def perplexity(forward: Forward, ids: torch.Tensor, window: int, batch: int,
     total = 0.0
     with torch.inference_mode():
         for windows in ids[:count * window].view(count, window).split(batch):
-            logits = forward(windows)[:, :-1].float()
-            targets = windows[:, 1:].flatten().to(logits.device)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets,
-                                                     reduction="sum")
+            logits = forward(windows).float()
+            # The last position predicts nothing here; cutting it off would copy all logits.
+            targets = torch.nn.functional.pad(windows[:, 1:], (0, 1), value=IGNORED)
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten().to(logits.device),
+                ignore_index=IGNORED, reduction="sum")
             total += float(loss)
             advance(len(windows))
     predicted = count * (window - 1)

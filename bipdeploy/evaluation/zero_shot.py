@@ -52,7 +52,7 @@ def measure(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     config = read_config(job.inputs["dense"])
     device = compute_device(recipe.model)
     dtype = compute_dtype(recipe.model, config, device)
-    with _quiet():
+    with quiet():
         loaded = load(wanted, section)
     answers = {}
     for which, name in (("dense", "dense"), ("pruned", "exported")):
@@ -76,7 +76,7 @@ def evaluate(model: torch.nn.Module, tokenizer: Path, loaded: dict[str, Any],
     """One model's answers by task. `first`: of the two models that `job.reporter` counts."""
     from lm_eval import evaluator
 
-    with _quiet():
+    with quiet():
         for task in loaded.values():  # both models are shown the same examples
             task.set_fewshot_seed(section.seed)
         wrapped = _wrapped(model, tokenizer, section.batch, job.reporter.advance,
@@ -244,7 +244,7 @@ def _wrapped(model: torch.nn.Module, tokenizer: Path, batch: int, advance: Calla
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep lm-eval's log and the one progress bar that it has no switch for off the screen."""
     from lm_eval.api import task
     from tqdm import tqdm

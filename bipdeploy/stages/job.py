@@ -15,8 +15,8 @@ from bipdeploy.recipe import Recipe
 class Job:
     """One run of one stage: read `inputs`, write into `out`, tell `reporter`.
 
-    `inputs` holds the folder `dense` (a model), `pruned` (a model, as repaired or as sliced),
-    `exported` (the model that is evaluated and timed), or earlier stages' folders by name.
+    `inputs` holds the folder `dense` (a model), `pruned` (a model, as trained, repaired or
+    sliced), `exported` (the model that is evaluated and timed), or earlier stages' folders by name.
     """
 
     recipe: Recipe

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
 from bipdeploy.modeling.formats import pruned_config
+from bipdeploy.recipe import Recipe
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.job import Job
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
@@ -68,29 +70,51 @@ def run(job: Job) -> None:
 
 def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
              ) -> tuple[list[BlockWidths], dict[str, Any]]:
-    """The widths that `search` finds for the budget, and what it measured."""
-    recipe, section = job.recipe, job.recipe.prune
-    parallel = recipe.hardware.tensor_parallel
+    """The widths that `search` finds for the budget, and what it measured.
+
+    Curves that were measured before are the input `curves`.
+    """
+    section, parallel = job.recipe.prune, job.recipe.hardware.tensor_parallel
     choices = part_widths(arch, section, tensor_parallel=parallel)
-    walker = BlockWalker(job.inputs["dense"], recipe.model)
-    drawn, _ = calibration_batches(recipe, job.inputs["dense"], arch.max_positions)
-    windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
-    ridge = recipe.recover.refit.ridge
-    ridge = SEARCH_RIDGE if ridge == "auto" else ridge
-    job.reporter.total(len(arch.blocks), "blocks searched")
-    variants = 2 * section.search.points * len(arch.blocks)
-    with keeping(job.out, recipe.calibration.spill,
-                 (variants + 8) * walker.bytes_of(windows)) as kept:
-        curves = search.measure(
-            walker, windows, scores,
-            lambda block, part: search.spaced(choices(block, part), section.search.points),
-            refit=ridge if recipe.recover.method == "refit" else None,
-            advance=job.reporter.advance, keep=kept)
+    if "curves" in job.inputs:
+        record = artifacts.read_json(job.inputs["curves"])
+        curves = [search.Curve(**curve) for curve in record["curves"]]
+    else:
+        job.reporter.total(len(arch.blocks), "blocks searched")
+        curves, windows = measured_curves(job.recipe, job.inputs["dense"], scores, job.out,
+                                          job.reporter.advance)
+        record = curves_record(curves, windows)
     total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
     widths = search.solve(arch, curves, choices, total * (1 - section.ratio))
     uniform = uniform_widths(arch, section, tensor_parallel=parallel)
     return widths, {"search": {
-        "windows": sum(map(len, windows)), "curves": [asdict(curve) for curve in curves],
+        **record,
         # Sums of what single parts cost: what they cost together is for `evaluate` to say.
         "divergence": search.predicted(curves, widths),
         "divergence_uniform": search.predicted(curves, uniform)}}
+
+
+def measured_curves(recipe: Recipe, dense: Path, scores: Sequence[BlockScores], work: Path,
+                    advance: Callable[[], None]) -> tuple[list[search.Curve], int]:
+    """What each width of each part costs, whatever the ratio, and on how many windows; hidden
+    states that spill do so below `work`."""
+    section, walker = recipe.prune, BlockWalker(dense, recipe.model)
+    arch = walker.architecture
+    choices = part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
+    drawn, _ = calibration_batches(recipe, dense, arch.max_positions)
+    windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
+    ridge = recipe.recover.refit.ridge
+    ridge = SEARCH_RIDGE if ridge == "auto" else ridge
+    variants = 2 * section.search.points * len(arch.blocks)
+    with keeping(work, recipe.calibration.spill,
+                 (variants + 8) * walker.bytes_of(windows)) as kept:
+        curves = search.measure(
+            walker, windows, scores,
+            lambda block, part: search.spaced(choices(block, part), section.search.points),
+            refit=ridge if recipe.recover.method == "refit" else None, advance=advance, keep=kept)
+    return curves, sum(map(len, windows))
+
+
+def curves_record(curves: Sequence[search.Curve], windows: int) -> dict[str, Any]:
+    """Curves as JSON data: what `kept.json` holds of them, and the input `curves`."""
+    return {"windows": windows, "curves": [asdict(curve) for curve in curves]}

@@ -1,21 +1,24 @@
-"""Stage `recover`: repair the sliced model. Methods are in `METHODS`; LoRA will be one more."""
+"""Stage `recover`: repair the sliced model. Methods are in `METHODS`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from bipdeploy.activations import Batches, Keep, keeping
+from bipdeploy.allocation import Kept
 from bipdeploy.blocks import Block, BlockWalker
 from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import CheckpointWriter
 from bipdeploy.families import architecture, size_figures
 from bipdeploy.modeling.formats import biased_config
 from bipdeploy.refit import MeanShift, RidgeProblem, best_ridge
-from bipdeploy.slicing import add_biases
+from bipdeploy.reselection import choose
+from bipdeploy.slicing import add_biases, slice_block
 from bipdeploy.stages.job import Job
 
 
@@ -38,6 +41,7 @@ def refit(job: Job) -> dict[str, Any]:
     Both models are walked together. The pruned block gets the pruned model's own input, so each
     refit also repairs the error that earlier blocks let through. Weights are rounded to the
     checkpoint's type before they are used: later blocks are fitted to what will be served.
+    With `reselect` each block is sliced anew from the dense one first, at the same widths.
     """
     recipe, ridge, held = job.recipe, job.recipe.recover.refit.ridge, 0
     dense = BlockWalker(job.inputs["dense"], recipe.model)
@@ -55,20 +59,31 @@ def refit(job: Job) -> dict[str, Any]:
         x_dense, x_pruned = dense.embed(windows, keep), pruned.embed(windows, keep)
         writer.add_outside_blocks(source)
         for index in range(len(dense)):
-            block, names = pruned.block(index, tokens), source.block_names(index)
+            block, names, kept = pruned.block(index, tokens), source.block_names(index), None
+            if recipe.recover.refit.reselect:
+                kept = choose(dense.block(index, tokens), dense.architecture.blocks[index],
+                              pruned.architecture.blocks[index], x_dense, x_pruned,
+                              dense.config.rms_norm_eps)
+                block = pruned.built(
+                    {name: tensor.to(pruned.device, pruned.dtype) for name, tensor
+                     in _sliced(dense, index, kept).items()}, index, tokens)
             x_dense, x_pruned, record = refit_block(
                 partial(dense.block, index, tokens), block, x_dense, x_pruned, ridge,
                 source.entry(names[0]).dtype if names else pruned.dtype, held, keep)
-            stored = source.block(index)
+            stored = source.block(index) if kept is None else _sliced(dense, index, kept)
             for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
                 module, key = getattr(block.layer, part), f"{part}.{name}.weight"
                 if module is not None:
                     stored[key] = getattr(module, name).weight.to(stored[key].dtype)
             writer.add(stored, f"model.layers.{index}.")
             del block, stored
-            errors.append({"block": index, **record})
+            errors.append({"block": index, **record, **(asdict(kept) if kept else {})})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
+
+
+def _sliced(dense: BlockWalker, index: int, kept: Kept) -> dict[str, torch.Tensor]:
+    return slice_block(dense.checkpoint.block(index), dense.architecture, index, kept)
 
 
 def hold_back(windows: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:

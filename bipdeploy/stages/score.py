@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace as altered
 from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
+from bipdeploy import artifacts
 from bipdeploy.activations import Batches, Keep, keeping, replace
 from bipdeploy.allocation import BlockScores
 from bipdeploy.blocks import Block, BlockWalker
@@ -21,7 +24,7 @@ from bipdeploy.criteria.llm_bip import head_bound, measured_change, rank_correla
 from bipdeploy.criteria.statistics import BlockView, Scores, Statistics
 from bipdeploy.depth import Influence
 from bipdeploy.errors import InputError
-from bipdeploy.recipe import Recipe
+from bipdeploy.recipe import Recipe, ScoreSection
 from bipdeploy.stages.job import Job
 
 SCORES, SUMMARY = "scores.safetensors", "scores.json"
@@ -42,78 +45,113 @@ class Walked(NamedTuple):
 def run(job: Job) -> None:
     """Write `scores.safetensors` (block.N.heads, .ffn, .influence) and `scores.json`."""
     recipe = job.recipe
-    criterion = CRITERIA[recipe.score.criterion]
     walker = BlockWalker(job.inputs["dense"], recipe.model)
-    job.reporter.total(len(walker) * (2 if "gradients" in criterion.needs else 1), "blocks")
+    job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
-    lists = len(walker) + 2 if "gradients" in criterion.needs else 1
-    with keeping(job.out, recipe.calibration.spill, lists * walker.bytes_of(windows)) as keep:
+    size = kept_bytes(walker, windows, [recipe.score])
+    with keeping(job.out, recipe.calibration.spill, size) as keep:
         walked = score_blocks(walker, windows, recipe, job, keep)
+    write(job.out, recipe.score, walked, provenance)
+
+
+def write(folder: Path, section: ScoreSection, walked: Walked,
+          provenance: dict[str, Any]) -> None:
+    """Write what later stages read of one criterion."""
+    criterion = CRITERIA[section.criterion]
     tensors: dict[str, torch.Tensor] = {}
     for index, ((heads, ffn), influence) in enumerate(
             zip(walked.scores, walked.influence, strict=True)):
         tensors |= {f"block.{index}.heads": heads, f"block.{index}.ffn": ffn,
                     f"block.{index}.influence": influence}
-    save_file(tensors, job.out / SCORES)
-    job.write(SUMMARY, {
-        "criterion": recipe.score.criterion, "propagation": recipe.score.propagation,
+    save_file(tensors, folder / SCORES)
+    artifacts.write_json(folder / SUMMARY, {
+        "criterion": section.criterion, "propagation": section.propagation,
         "comparable": criterion.comparable, "one_scale": criterion.one_scale,
         "source": criterion.source,
         "calibration": provenance, "bound_against_measured": walked.agreement})
 
 
-@torch.no_grad()
+def walks(sections: Sequence[ScoreSection]) -> int:
+    """How often the model is walked for some criteria together: backwards too for gradients."""
+    return 1 + any("gradients" in CRITERIA[s.criterion].needs for s in sections)
+
+
+def kept_bytes(walker: BlockWalker, windows: list[torch.Tensor],
+               sections: Sequence[ScoreSection]) -> int:
+    """Bytes of the hidden states that scoring keeps: a walk back reads those of every block."""
+    return (len(walker) + 2 if walks(sections) > 1 else 1) * walker.bytes_of(windows)
+
+
 def score_blocks(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe,
                  job: Job | None = None, keep: Keep = list) -> Walked:
-    """Scores and influence of every block; a criterion that needs gradients walks back too."""
+    """Scores and influence of every block by the recipe's criterion."""
+    return score_together(walker, windows, [recipe.score], recipe.seed,
+                          job.reporter.advance if job is not None else lambda: None, keep)[0]
+
+
+@torch.no_grad()
+def score_together(walker: BlockWalker, windows: list[torch.Tensor],
+                   sections: Sequence[ScoreSection], seed: int,
+                   advance: Callable[[], None] = lambda: None, keep: Keep = list) -> list[Walked]:
+    """Scores and influence of every block, for each of several criteria as if it were alone.
+
+    One walk collects the statistics of all; criteria that need gradients share one more, back.
+    """
     inputs: list[Batches] = []
-    walked = _forwards(walker, windows, recipe, job, inputs, keep)
+    found = _forwards(walker, windows, sections, seed, advance, inputs, keep)
     if inputs:
-        walked.scores.extend(_backwards(walker, windows, recipe, job, inputs))
-    return walked
+        _backwards(walker, windows, sections, found, advance, inputs)
+    return found
 
 
-def _forwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, job: Job | None,
-              inputs: list[Batches], keep: Keep) -> Walked:
+def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequence[ScoreSection],
+              seed: int, advance: Callable[[], None], inputs: list[Batches], keep: Keep
+              ) -> list[Walked]:
     """The walk that collects statistics. What a walk back reads goes to `inputs`, on the CPU."""
-    criterion = CRITERIA[recipe.score.criterion]
-    function, needs = criterion.load(), criterion.statistics(recipe.score.propagation)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    hidden, walked = walker.embed(windows, keep), Walked([], [], [])
+    own_needs = [CRITERIA[s.criterion].statistics(s.propagation) for s in sections]
+    needs = frozenset().union(*own_needs)
+    draws = [torch.Generator().manual_seed(seed) for _ in sections]
+    hidden = walker.embed(windows, keep, shared=True)
+    found = [Walked([], [], []) for _ in sections]
     for index, block in enumerate(walker.blocks(windows[0].shape[1])):
         widths = walker.architecture.blocks[index]
         if "gradients" in needs:
             inputs.append(keep(x.cpu() for x in hidden))
-        statistics = Statistics(widths.kv_heads, needs, walker.config.rms_norm_eps)
-        replace(hidden, partial(_see, block, statistics))
-        walked.influence.append(statistics.influence())
-        view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
-                         recipe.score.propagation, generator)
-        if "gradients" not in needs:
-            walked.scores.append(_finite(function(view), index, walker))
-        if "measured" in needs and block.has_attention:
-            walked.agreement.append(_agreement(view, index))
-        if job is not None:
-            job.reporter.advance()
+        statistics = _seen(walker, block, hidden, Statistics(
+            widths.kv_heads, needs, walker.config.rms_norm_eps))
+        for section, own, draw, walked in zip(sections, own_needs, draws, found, strict=True):
+            walked.influence.append(statistics.influence())
+            view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
+                             section.propagation, draw)
+            if "gradients" not in own:
+                walked.scores.append(_scored(section, view, index, walker))
+            if "measured" in own and block.has_attention:
+                walked.agreement.append(_agreement(view, index))
+        advance()
         del block, view  # the walk reads the next but one now
     if "gradients" in needs:
         inputs.append(keep(x.cpu() for x in hidden))
-    return walked
+    return found
 
 
-def _backwards(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recipe, job: Job | None,
-               inputs: list[Batches]) -> list[Scores]:
-    """Scores by block of a criterion that needs gradients."""
-    function, found = CRITERIA[recipe.score.criterion].load(), []
+def _backwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequence[ScoreSection],
+               found: Sequence[Walked], advance: Callable[[], None],
+               inputs: list[Batches]) -> None:
+    """Add the scores of the criteria that need gradients."""
+    wanted = [(section, walked) for section, walked in zip(sections, found, strict=True)
+              if "gradients" in CRITERIA[section.criterion].needs]
     for index, block, gradients in blocks_backwards(walker, windows, inputs):
         widths = walker.architecture.blocks[index]
-        view = BlockView(block, None, widths.kv_heads, widths.intermediate,
-                         recipe.score.propagation, torch.Generator(), gradients)
-        found.append(_finite(function(view), index, walker))
-        if job is not None:
-            job.reporter.advance()
-    return found[::-1]
+        for section, walked in wanted:
+            view = BlockView(block, None, widths.kv_heads, widths.intermediate,
+                             section.propagation, torch.Generator(), gradients)
+            walked.scores.insert(0, _scored(section, view, index, walker))
+        advance()
+
+
+def _scored(section: ScoreSection, view: BlockView, index: int, walker: BlockWalker) -> Scores:
+    return _finite(CRITERIA[section.criterion].load()(view), index, walker)
 
 
 def _finite(scores: Scores, index: int, walker: BlockWalker) -> Scores:
@@ -133,6 +171,16 @@ def _agreement(view: BlockView, index: int) -> dict[str, float]:
     return {"block": index, "rank_correlation": rank_correlation(bound, measured),
             "measured_above_bound": int((measured > bound).sum()),
             "mean_ratio": float((bound / measured.clamp_min(1e-30)).mean())}
+
+
+def _seen(walker: BlockWalker, block: Block, hidden: Batches, statistics: Statistics) -> Statistics:
+    """Run a block on all batches, in place, each device on its share; the sums over all."""
+    shares = [statistics, *(altered(statistics, sums={}) for _ in walker.devices[1:])]
+    blocks = [block, *map(block.on, walker.devices[1:])]
+    replace(hidden, *map(partial, repeat(_see), blocks, shares))
+    for share in shares[1:]:
+        statistics.absorb(share)
+    return statistics
 
 
 def _see(block: Block, statistics: Statistics, x: torch.Tensor) -> torch.Tensor:

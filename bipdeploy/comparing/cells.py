@@ -1,0 +1,196 @@
+"""The cells of a comparison: what is measured, under which recipe, and what a result depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bipdeploy import artifacts, pipeline, recipe_file, sources, tasks
+from bipdeploy.calibration import calibration_split, test_split, training_split
+from bipdeploy.checkpoint import read_config
+from bipdeploy.comparison import REPAIRS, Method, method
+from bipdeploy.data import text
+from bipdeploy.depth import unprotected
+from bipdeploy.errors import InputError
+from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.recipe import PruneSection, Recipe, RecoverSection
+
+# Of each part what is left of a block without it, as a factor of the dense widths.
+_LEFT = {"blocks": (0, 0), "attention": (0, 1), "ffn": (1, 0)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement of the table."""
+
+    seed: int
+    method: Method
+    ratio: float
+    repair: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is to be measured. `context`: what every result depends on beside the recipe."""
+
+    recipe: Recipe
+    dense: Path
+    arch: Architecture
+    cells: tuple[Cell, ...]
+    context: Mapping[str, Any]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The cells of a recipe's section `compare`, by seed, method, ratio and repair.
+
+    Raises InputError for all that cannot be measured, before anything is.
+    """
+    recipe = _compared(recipe)
+    dense = sources.model_folder(recipe.model.id, recipe.model.revision,
+                                 code=recipe.model.trust_remote_code)
+    arch = architecture(read_config(dense))
+    section = recipe.compare
+    repairs = section.repairs_of(recipe.score.propagation)
+    ratios = sorted(set(section.ratios))
+    cells = tuple(Cell(seed, m, ratio, repair) for seed in dict.fromkeys(section.seeds)
+                  for m, own in repairs.items() for ratio in ratios for repair in own)
+    _require_possible(recipe, dense, arch, cells)
+    return Plan(recipe, dense, arch, cells, _context(recipe, dense))
+
+
+def _compared(recipe: Recipe) -> Recipe:
+    """The recipe without what a comparison does not do."""
+    if not recipe.evaluate.perplexity.enabled:
+        raise InputError("evaluate.perplexity.enabled: false, and perplexity is what is compared; "
+                         "set it to true")
+    return _changed(recipe, {"export": {}, "gates": {}, "bench": {"torch": {"enabled": False}}})
+
+
+def _changed(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
+    data = recipe.model_dump(mode="json")
+    return recipe_file.build({**data, **sections}, "compare")
+
+
+def _require_possible(recipe: Recipe, dense: Path, arch: Architecture,
+                      cells: tuple[Cell, ...]) -> None:
+    faults: dict[str, None] = {}
+    for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
+        try:
+            pipeline.preflight(recipe_of(recipe, arch, at), dense)
+        except InputError as error:
+            faults[str(error)] = None
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
+    """The recipe that makes one cell. Raises InputError where it is not a valid one."""
+    data = recipe.model_dump(mode="json")
+    own, part = cell.method, cell.method.depth
+    prune = {**data["prune"], "ratio": cell.ratio, "depth": {},
+             "layers": "uniform" if part else own.layers}
+    if part:
+        prune["depth"] = {part: dropped(arch, recipe.prune, part, cell.ratio)}
+    sections: dict[str, Any] = {
+        "seed": cell.seed, "prune": prune, "lora": {**data["lora"], "enabled": False},
+        "score": {"criterion": own.criterion, "propagation": own.propagation or "bound"}}
+    for name, settings in REPAIRS[cell.repair].items():
+        sections[name] = _laid_over(sections.get(name, data[name]), settings)
+    return _changed(recipe, sections)
+
+
+def _laid_over(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A section's data with settings in their places, in the sections within it too."""
+    return {**data, **{name: _laid_over(data[name], value) if isinstance(value, dict) else value
+                       for name, value in settings.items()}}
+
+
+def dropped(arch: Architecture, section: PruneSection, part: str, ratio: float) -> int:
+    """How many blocks, attentions or FFNs weigh less than the ratio: at most half of them, so that
+    widths can make up the rest. Raises InputError where one already weighs more."""
+    inner = unprotected(arch, section)
+    heads, channels = _LEFT[part]
+    size = max(arch.block_parameters(i) - arch.block_parameters(i, BlockWidths(
+        arch.blocks[i].heads * heads, arch.blocks[i].kv_heads * heads,
+        arch.blocks[i].intermediate * channels)) for i in inner)
+    total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+    count = min(math.ceil(ratio * total / size) - 1, len(inner) // 2)
+    if count < 1:
+        raise InputError(f"compare: depth:{part} at ratio {ratio:g} drops nothing, since one is "
+                         f"{size / total:.3g} of the parameters; raise the ratio or leave it out")
+    return count
+
+
+def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
+    environment = artifacts.environment()
+    perplexity, zero_shot = recipe.evaluate.perplexity, recipe.evaluate.zero_shot
+    return {
+        "model": sources.fingerprint(dense), "code": environment["code"],
+        "libraries": environment["libraries"] | {
+            name: artifacts.version_of(name) for name in ("lm_eval",) if zero_shot.enabled},
+        "gpus": [] if recipe.model.device == "cpu" else environment["hardware"]["gpus"],
+        "calibration": text.fingerprint(recipe.calibration.data, calibration_split(recipe)),
+        "test": [text.fingerprint(data, test_split(recipe))
+                 for data in (perplexity.data, *recipe.compare.data)],
+        "tasks": tasks.fingerprint(zero_shot.tasks) if zero_shot.enabled else {}}
+
+
+def dense_key(wanted: Plan) -> str:
+    """A digest of all that the dense model's figures depend on."""
+    return artifacts.digest({**wanted.context, "calibration": None, **_sections(
+        wanted.recipe, ("model", "evaluate"))})
+
+
+def key(wanted: Plan, cell: Cell) -> str:
+    """A digest of all that a cell's figures depend on."""
+    own = recipe_of(wanted.recipe, wanted.arch, cell)
+    found = {**wanted.context, **_sections(own, ("model", "hardware", "calibration", "score",
+                                                 "evaluate", "seed", *REPAIRS[cell.repair]))}
+    found["sections"]["recover"] = _used(own.recover)
+    found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
+    if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
+        found["searched"] = [own.prune.search.model_dump(), _used(wanted.recipe.recover)]
+    if own.lora.enabled:
+        found["libraries"] = found["libraries"] | {
+            name: artifacts.version_of(name) for name in pipeline.STAGES["lora"].libraries}
+        found["training"] = text.fingerprint(own.lora.data, training_split(own))
+    return artifacts.digest(found)
+
+
+def _used(section: RecoverSection) -> dict[str, Any]:
+    """The fields of `recover` that its method reads."""
+    return section.model_dump(exclude=set() if section.method == "refit" else {"refit"})
+
+
+def _sections(recipe: Recipe, names: tuple[str, ...]) -> dict[str, Any]:
+    return {"data": recipe.compare.data,
+            "sections": {name: pipeline.plain(getattr(recipe, name), pipeline.WHERE)
+                                                 for name in names}}
+
+
+def current(wanted: Plan, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that this recipe, model and code would give again, in the order of the table:
+    those of other seeds, methods and ratios too."""
+    found: dict[Cell, dict[str, Any]] = {}
+    for record in records:
+        cell = cell_of(record)
+        if cell is not None and record["key"] == key(wanted, cell):
+            found[cell] = record
+    methods = {m: n for n, m in enumerate(dict.fromkeys(
+        [c.method for c in wanted.cells] + [c.method for c in found]))}
+    return [found[cell] for cell in sorted(found, key=lambda c: (
+        methods[c.method], c.ratio, list(REPAIRS).index(c.repair), c.seed))]
+
+
+def cell_of(record: Mapping[str, Any]) -> Cell | None:
+    """The cell that a record measured; None where its names are not known any more."""
+    try:
+        own = method(record["method"])
+    except ValueError:
+        return None
+    if record["repair"] not in REPAIRS:
+        return None
+    return Cell(record["seed"], own, record["ratio"], record["repair"])

@@ -1,0 +1,287 @@
+"""Measuring the cells of a comparison, with all the work that they share done once.
+
+For each seed one walk scores by all criteria. Each criterion is sliced once per spread and ratio,
+and what was sliced is repaired in every way; a model is deleted as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from math import isnan, lcm
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bipdeploy import artifacts, pipeline, tasks
+from bipdeploy.activations import keeping
+from bipdeploy.blocks import BlockWalker, compute_device, compute_dtype
+from bipdeploy.calibration import calibration_batches, test_split
+from bipdeploy.checkpoint import read_config
+from bipdeploy.comparing import records
+from bipdeploy.comparing.cells import Cell, Plan, dense_key, key, recipe_of
+from bipdeploy.comparison import REPAIRS
+from bipdeploy.console import Reporter
+from bipdeploy.data import text, windows
+from bipdeploy.errors import BipdeployError, StageError
+from bipdeploy.evaluation import zero_shot
+from bipdeploy.evaluation.perplexity import forward_of, perplexity
+from bipdeploy.modeling import loading
+from bipdeploy.recipe import Recipe
+from bipdeploy.stages import prune, score
+from bipdeploy.stages.evaluate import OVERLAP_LIMIT, check_overlap, window_tokens
+from bipdeploy.stages.job import Job
+
+
+@dataclass
+class Measured:
+    """How many cells were measured, and why others could not be."""
+
+    count: int = 0
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+
+class Meter:
+    """Measures models on the same texts and tasks; each text is read and tokenised once."""
+
+    def __init__(self, wanted: Plan, out: Path, reporter: Reporter):
+        self.recipe, self.dense, self._out = wanted.recipe, wanted.dense, out
+        self._key, self._reporter = dense_key(wanted), reporter
+        self._section = self.recipe.evaluate.perplexity
+        self._lengths = {str(w): window_tokens(w, wanted.arch.max_positions)
+                         for w in self._section.windows}
+        self._device = compute_device(self.recipe.model)
+        self._dtype = compute_dtype(self.recipe.model, read_config(self.dense), self._device)
+
+    @cached_property
+    def _texts(self) -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
+        """Token ids by text, with where they came from."""
+        found = {}
+        for data in dict.fromkeys((self._section.data, *self.recipe.compare.data)):
+            source = text.read(data, test_split(self.recipe), self._section.field)
+            overlap = check_overlap(self.recipe, source)
+            if overlap > OVERLAP_LIMIT:
+                self._reporter.note(f"{overlap:.1%} of {data} also stands in the calibration text: "
+                                    "perplexities are too good; use another text or split")
+            ids = windows.token_ids(source, self.dense)[:self._section.max_tokens]
+            found[data] = ids, {
+                "split": source.split, "sha256": source.sha256, "tokens": len(ids),
+                "overlap_with_calibration": overlap, "windows": self._lengths}
+        return found
+
+    @cached_property
+    def _tasks(self) -> dict[str, Any]:
+        """lm-eval's tasks with their documents; none where zero-shot accuracy is not asked for."""
+        section = self.recipe.evaluate.zero_shot
+        if not section.enabled:
+            return {}
+        with zero_shot.quiet():
+            return zero_shot.load(tasks.find(section.tasks), section)
+
+    def of_dense(self) -> dict[str, Any]:
+        """The dense model's figures, measured once and kept in a file, and the texts'."""
+        path = self._out / f"dense-{self._key[:16]}.json"
+        if not path.is_file():
+            perplexities, answers = self._measure(self.dense)
+            artifacts.write_json(path, {
+                "perplexity": perplexities, "test": {d: about for d, (_, about)
+                                                     in self._texts.items()},
+                "dtype": str(self._dtype), "device": str(self._device),
+                "answers": {name: vars(own) for name, own in answers.items()}})
+        return artifacts.read_json(path)
+
+    def of_pruned(self, folder: Path) -> dict[str, Any]:
+        """A pruned model's figures: perplexity by text and window, accuracy beside dense."""
+        perplexities, answers = self._measure(folder)
+        found: dict[str, Any] = {"perplexity": perplexities}
+        if answers:
+            dense = {name: zero_shot.Answers(**own)
+                     for name, own in self.of_dense()["answers"].items()}
+            section = self.recipe.evaluate.zero_shot
+            figures, record = zero_shot.summarise({
+                task: (dense[task.name], answers[task.name])
+                for task in tasks.find(section.tasks)})
+            found["accuracy"] = {"figures": figures, "mean": record["mean"]}
+        return found
+
+    def _measure(self, folder: Path) -> tuple[dict[str, Any], dict[str, zero_shot.Answers]]:
+        model = loading.load_model(folder, self._dtype, self._device,
+                                   trust_remote_code=self.recipe.model.trust_remote_code)
+        found: dict[str, Any] = {}
+        for data, (ids, _) in self._texts.items():
+            for window, length in self._lengths.items():
+                value = perplexity(forward_of(model), ids, length, self._section.batch)
+                if isnan(value.nats):
+                    raise StageError(f"perplexity on {data} is not a number in {self._dtype}; set "
+                                     "model.dtype to float32")
+                found.setdefault(data, {})[window] = {
+                    "perplexity": min(value.perplexity, 1e300), "nats": value.nats,
+                    "predicted": value.tokens}
+        if not self._tasks:
+            return found, {}
+        job = Job(self.recipe, {}, self._out)
+        return found, zero_shot.evaluate(model, self.dense, self._tasks,
+                                         self.recipe.evaluate.zero_shot, job, first=False)
+
+
+def measure(wanted: Plan, meter: Meter, out: Path, reporter: Reporter,
+            said: Callable[[str], None] = lambda _: None) -> Measured:
+    """Measure every cell that has no record in `out` yet; each is appended when it is done."""
+    keys = {cell: key(wanted, cell) for cell in wanted.cells}
+    done = Measured()
+    began = time.monotonic()
+
+    def missing(cells: Iterable[Cell]) -> list[Cell]:
+        known = {record["key"] for record in records.read(out)}
+        return [c for c in cells if keys[c] not in known and c not in done.failed]
+
+    def recorded(cell: Cell, record: dict[str, Any]) -> None:
+        own = cell.method
+        records.append(out, {
+            "key": keys[cell], "method": str(own), "criterion": own.criterion,
+            "propagation": own.propagation, "layers": own.layers, "ratio": cell.ratio,
+            "repair": cell.repair, "seed": cell.seed, **record})
+        done.count += 1
+        reporter.advance()
+
+    total = len(missing(wanted.cells))
+    reporter.total(total, "cells")
+    with records.workplace(out) as work:
+        for seed, of_seed in groupby(wanted.cells, lambda c: c.seed):
+            own = missing(of_seed)
+            if not own:
+                continue
+            scores = _scores(wanted, own, work / "scores")
+            for method, of_method in groupby(own, lambda c: c.method):
+                curves = work / "curves.json"
+                for _, of_ratio in groupby(of_method, lambda c: c.ratio):
+                    cells = missing(of_ratio)  # another process may have measured some
+                    if cells:
+                        _ratio(wanted, cells, scores[method.ranking], curves, work, meter,
+                               recorded, done)
+                curves.unlink(missing_ok=True)
+                said(f"seed {seed}, {method}: "
+                     + _progress(done.count, total, time.monotonic() - began))
+            shutil.rmtree(work / "scores")
+    return done
+
+
+def _progress(count: int, total: int, seconds: float) -> str:
+    left = (f", about {seconds / count * (total - count) / 60:.0f} left" if 0 < count < total
+            else "")
+    return f"{count} of {total} cells in {seconds / 60:.1f} minutes{left}"
+
+
+def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path]:
+    """Score by all criteria of one seed's cells together; the folder of each by its name."""
+    asked = {c.method.ranking: recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
+    recipe = next(iter(asked.values()))
+    walker = BlockWalker(wanted.dense, recipe.model)
+    drawn, provenance = calibration_batches(recipe, wanted.dense, wanted.arch.max_positions)
+    sections = [r.score for r in asked.values()]
+    size = score.kept_bytes(walker, drawn, sections)
+    folder.mkdir()
+    with (pipeline.finishing("score"),
+          keeping(folder, recipe.calibration.spill, size) as keep):
+        walked = score.score_together(walker, drawn, sections, recipe.seed, keep=keep)
+    found = {}
+    for number, ((name, own), result) in enumerate(zip(asked.items(), walked, strict=True)):
+        found[name] = folder / str(number)
+        found[name].mkdir()
+        score.write(found[name], own.score, result, provenance)
+    return found
+
+
+def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work: Path,
+           meter: Meter, recorded: Callable[[Cell, dict[str, Any]], None], done: Measured) -> None:
+    """Measure the cells of one method at one ratio: sliced once, repaired in every way."""
+    recipe = {c: recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
+    inputs = {"dense": wanted.dense, "score": scores}
+    with _failing(cells, done), _temporary(work / "sliced") as sliced:
+        # Widths are chosen for the recipe's own repair, whatever is done to them later.
+        pruning = recipe[cells[0]].model_copy(update={"recover": wanted.recipe.recover})
+        if cells[0].method.layers == "searched":
+            if not curves.is_file():
+                with pipeline.finishing("prune"):
+                    artifacts.write_json(curves, prune.curves_record(*prune.measured_curves(
+                        pruning, wanted.dense, score.read_scores(scores), work, lambda: None)))
+            inputs["curves"] = curves
+        _stage("prune", pruning, inputs, sliced)
+        _require_budget(wanted, sliced, recipe[cells[0]])
+        by_repair = sorted(cells, key=lambda c: str(REPAIRS[c.repair]["recover"]))
+        for recover, same in groupby(by_repair, lambda c: REPAIRS[c.repair]["recover"]):
+            alike = list(same)
+            with _failing(alike, done), _temporary(work / "repaired") as repaired:
+                made = sliced
+                if recover["method"] != "none":
+                    _stage("recover", recipe[alike[0]],
+                           {"dense": wanted.dense, "sliced": sliced / "model"}, repaired)
+                    made = repaired
+                for cell in alike:
+                    with _failing([cell], done), _tuned(
+                            wanted, cell, recipe[cell], made, work / "tuned") as tuned:
+                        recorded(cell, {
+                            "removed": 1 - artifacts.figures([sliced, made])[
+                                "block_parameters.ratio"], **meter.of_pruned(tuned / "model")})
+
+
+@contextmanager
+def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -> Iterator[Path]:
+    """The folder whose `model` is measured: what was made, or that after LoRA where asked for."""
+    if "lora" not in REPAIRS[cell.repair]:
+        yield made
+        return
+    with _temporary(folder):
+        inputs = {name: wanted.dense if name == "dense" else made / "model"
+                  for name in pipeline.STAGES["lora"].inputs}
+        _stage("lora", recipe, inputs, folder)
+        # What an interrupted training would go on from; the next cell is another one.
+        shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
+        yield folder
+
+
+def _stage(name: str, recipe: Recipe, inputs: dict[str, Path], out: Path) -> None:
+    """Run a stage without a manifest: what it makes is deleted soon, so nothing is hashed."""
+    try:
+        with pipeline.finishing(name):
+            pipeline.STAGES[name].function(name)(Job(recipe, inputs, out))
+    except OSError as error:
+        raise artifacts.unwritable(out, error) from error
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _failing(cells: Sequence[Cell], done: Measured) -> Iterator[None]:
+    """Keep what one error costs to the cells that need what failed; the others go on."""
+    try:
+        yield
+    except BipdeployError as error:
+        for cell in cells:
+            done.failed.setdefault(cell, str(error))
+
+
+def _require_budget(wanted: Plan, sliced: Path, recipe: Recipe) -> None:
+    """Stop where a method did not get the same budget, to one rounding unit of every block."""
+    arch, section = wanted.arch, recipe.prune
+    unit = lcm(section.round_to, recipe.hardware.tensor_parallel) * arch.channel_parameters()
+    blocks = range(len(arch.blocks))
+    allowed = unit * len(blocks) / sum(arch.block_parameters(i) for i in blocks)
+    removed = 1 - artifacts.figures([sliced])["block_parameters.ratio"]
+    if abs(removed - section.ratio) > allowed:
+        raise StageError(f"{removed:.4f} of the parameters is removed, and {section.ratio:g} is "
+                         f"asked for: more than one rounding unit ({allowed:.4f}) away, so it "
+                         "cannot be compared; lower prune.round_to")

@@ -1,0 +1,173 @@
+"""Stage `lora`: train low-rank adapters on the repaired model, merge them, prove the merge."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bipdeploy import artifacts, sources
+from bipdeploy.blocks import compute_device, release_memory
+from bipdeploy.calibration import training_split
+from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.data import text
+from bipdeploy.data.windows import token_ids, tokenizer
+from bipdeploy.errors import InputError, StageError
+from bipdeploy.families import architecture
+from bipdeploy.modeling import loading
+from bipdeploy.recipe import Recipe
+from bipdeploy.stages.job import Job
+from bipdeploy.tuning import adapters, checkpoints, data, launch, training
+from bipdeploy.tuning.checkpoints import State
+from bipdeploy.tuning.data import Windows
+from bipdeploy.tuning.losses import cross_entropy
+from bipdeploy.tuning.training import Task
+
+MERGE_TOLERANCE = 0.02  # nats: what rounding merged weights to 16 bits may cost
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate")
+
+
+def run(job: Job) -> None:
+    """Write `model/` (adapters merged), `lora.json` and the figures; with `keep_adapter` also
+    `adapter/`. Where the section is not enabled, only `lora.json`."""
+    recipe, section = job.recipe, job.recipe.lora
+    if not section.enabled:
+        job.reporter.total(1)
+        job.write("lora.json", {"enabled": False})
+        return
+    device = compute_device(recipe.model)
+    launch.require_devices(section.processes, device)
+    source = Checkpoint(job.inputs["repaired"])
+    limit = architecture(source.config).max_positions
+    if section.tokens > limit:
+        raise InputError(f"lora.tokens: {section.tokens} is longer than the model's maximum of "
+                         f"{limit}; lower it")
+    task, provenance = prepare(job)
+    fault = checkpoints.fault(task.checkpoint, task.identity)
+    if fault:
+        job.reporter.note(f"the checkpoint of an earlier run is not used: {fault}")
+        checkpoints.discard(task.checkpoint)
+    if section.processes == 1:
+        state = training.train(task, device, job.reporter)
+    else:
+        state = launch.train(task, device, job.reporter)
+    release_memory()
+    figures = finish(job, source, task, state, device)
+    if state.best_step == 0:
+        job.reporter.note("no step lowered the validation loss: the model is left as it was")
+    job.write("lora.json", {
+        "enabled": True, "data": provenance, "best_step": state.best_step, "steps": state.step,
+        "stopped_early": state.step < section.steps, "tokens": state.tokens,
+        "epochs": state.step * section.batch / len(task.training),
+        "seconds": round(state.seconds, 3), "processes": section.processes,
+        "device": str(device), "dtype": str(training.compute_type(section, device)),
+        "trained_parameters": sum(t.numel() for t in state.best.values()),
+        "history": [{"step": step, "loss": loss} for step, loss in state.history],
+        "loss": {"before": state.history[0][1],
+                 "adapters": min(loss for _, loss in state.history),
+                 "after": figures["lora.loss.after"]},
+        "largest_logit_difference": figures["lora.merge.max_logit_difference"]})
+    job.write_figures(figures)
+
+
+def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
+    """The task, its text read and cut, and where that came from."""
+    recipe, section = job.recipe, job.recipe.lora
+    windows, provenance = read_windows(recipe, job.inputs["dense"])
+    needed = section.validation.windows + section.batch
+    if len(windows) < needed:
+        raise InputError(f"lora.data: {section.data} gives {len(windows)} windows of "
+                         f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
+                         f"{section.validation.windows} + {section.batch}; lower them or "
+                         "lora.tokens, or give a longer text")
+    training_windows, held = data.hold_back(windows, section.validation.windows, recipe.seed)
+    provenance |= {"windows": [len(windows), section.tokens], "held_back": len(held),
+                   "tokens_left_out": windows.cut, "seed": recipe.seed}
+    device = compute_device(recipe.model)
+    identity = artifacts.digest({
+        "section": section.model_dump(mode="json", exclude={"checkpoint_every", "keep_adapter"}),
+        "model": recipe.model.model_dump(mode="json"), "seed": recipe.seed,
+        "student": sources.fingerprint(job.inputs["repaired"]),
+        "dense": sources.fingerprint(job.inputs["dense"]) if section.distillation.weight else "",
+        "text": provenance["text_sha256"], "device": device.type,
+        "code": artifacts.code_version(),
+        "libraries": {name: artifacts.version_of(name) for name in LIBRARIES}})
+    return Task(section, recipe.model, recipe.seed, job.inputs["repaired"], job.inputs["dense"],
+                training_windows, held, artifacts.checkpoint_folder(job.out), identity), provenance
+
+
+def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
+    """All windows of the text to train on, by the model's tokenizer, and their provenance.
+
+    Running text is packed as perplexity reads it: documents joined by blank lines.
+    """
+    section, split = recipe.lora, training_split(recipe)
+    tokens = tokenizer(model)
+
+    def encode(part: str, special: bool) -> list[int]:
+        return tokens(part, add_special_tokens=special, verbose=False)["input_ids"]
+
+    filler = tokens.eos_token_id or 0
+    source: text.Text | text.Records
+    if section.format == "alpaca":
+        source = text.records(section.data, split, data.ALPACA_COLUMNS)
+        documents = [data.alpaca(row, encode, tokens.eos_token_id,
+                                 response_only=section.loss_on == "response")
+                     for row in source.rows]
+    else:
+        source = text.read(section.data, split, section.field)
+        documents = ([data.plain(token_ids(source, model).tolist())] if section.packing else
+                     [data.plain(encode(part, True)) for part in source.documents if part.strip()])
+    windows = (data.pack(documents, section.tokens) if section.packing
+               else data.pad(documents, section.tokens, filler))
+    return windows, {"data": source.name, "split": source.split, "format": section.format,
+                     "text_sha256": source.sha256}
+
+
+def finish(job: Job, source: Checkpoint, task: Task, state: State,
+           device: torch.device) -> dict[str, float]:
+    """Merge the best adapters into `model/` and compare it, loaded anew, with the adapted model.
+
+    Returns the figures. Raises StageError where merging made the model worse.
+    """
+    section = task.section
+    dtype, code = training.compute_type(section, device), task.model.trust_remote_code
+    adapted = adapters.adapted(task.student, section, dtype, device, task.seed,
+                               trust_remote_code=code)
+    adapters.load(adapted, state.best)
+    adapted.eval()
+    out = job.out / "model"
+    adapters.merge(source, adapted, out)
+    if section.keep_adapter:
+        adapted.save_pretrained(job.out / "adapter")
+    merged = loading.load_model(out, dtype, device, trust_remote_code=code)
+    batch = section.batch // (section.accumulation * section.processes)
+    difference, before, after = compare(adapted, merged, task.validation, batch, device)
+    if not after <= before + MERGE_TOLERANCE:
+        raise StageError(f"the merged model is worse than the model with adapters: validation loss "
+                         f"{after:.4f} against {before:.4f} nats, allowed {MERGE_TOLERANCE:g} more")
+    return {"lora.loss.before": state.history[0][1], "lora.loss.after": after,
+            "lora.merge.max_logit_difference": difference}
+
+
+@torch.no_grad()
+def compare(adapted: Any, merged: Any, windows: Windows, batch: int,
+            device: torch.device) -> tuple[float, float, float]:
+    """Largest absolute difference of logits, and the mean loss in nats of either model."""
+    difference, sums = 0.0, [0.0, 0.0]
+    for start in range(0, len(windows), batch):
+        ids = windows.ids[start:start + batch].to(device)
+        labels = windows.labels[start:start + batch].to(device)
+        with torch.autocast(device.type, torch.bfloat16,
+                            enabled=merged.dtype == torch.bfloat16):
+            first, second = (model(input_ids=ids, use_cache=False).logits.float()
+                             for model in (adapted, merged))
+        difference = max(difference, float((first - second).abs().max()))
+        for place, logits in enumerate((first, second)):
+            sums[place] += float(cross_entropy(logits, labels))
+    if not math.isfinite(difference):
+        raise StageError("the logits of the model with adapters or of the merged one are not "
+                         "finite; lower lora.learning_rate, or set lora.dtype: float32")
+    return difference, sums[0] / windows.predicted, sums[1] / windows.predicted

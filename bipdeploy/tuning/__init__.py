@@ -1,0 +1,1 @@
+"""LoRA: windows, losses, the training loop, its checkpoints, several processes, merging."""

@@ -1,0 +1,229 @@
+"""Stage `lora` in whole runs and on plain paths: what it writes, refuses, and survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from bipdeploy import api, artifacts
+from bipdeploy.console import Silent
+from bipdeploy.errors import InputError
+from bipdeploy.tuning import launch
+from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, leftovers, refused
+from tests.sliced import loaded, logits, results, token_windows
+
+# Training that is over in seconds. Every evaluation reads four windows.
+SHORT = ["lora.enabled=true", "lora.steps=4", "lora.batch=4", "lora.accumulation=1",
+         "lora.tokens=64", "lora.learning_rate=0.003", "lora.validation.windows=4",
+         "lora.validation.every=2"]
+PLAIN = [*SHORT, "model.device=cpu"]
+
+
+@pytest.fixture
+def again(smoke, tmp_path):
+    """Run the smoke recipe anew over a copy of the finished run, with short training."""
+    shutil.copytree(smoke.folder, tmp_path / "smoke")
+    return lambda *overrides, **options: api.run(SMOKE, [*SHORT, *overrides], tmp_path, **options)
+
+
+@pytest.fixture
+def sliced(smoke) -> Path:
+    return smoke.folder / "prune" / "model"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {n: h for n, h in artifacts.file_hashes(folder).items() if n.endswith(".safetensors")}
+
+
+# Whole runs
+
+def test_without_the_section_the_stage_says_so_and_nothing_else(smoke):
+    assert artifacts.read_json(smoke.folder / "lora" / "lora.json") == {"enabled": False}
+    assert {p.name for p in (smoke.folder / "lora").iterdir()} == {"lora.json", "manifest.json"}
+    assert "LoRA" not in (smoke.folder / "report" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "refit", "bias"])
+def test_a_run_trains_what_the_repair_left_and_exports_it(again, method):
+    result = again(f"recover.method={method}", "gates.lora.loss.after.max=9", until="report")
+    folder, figures = result.folder, result.figures
+    assert figures["lora.loss.after"] < figures["lora.loss.before"]
+    assert 0 <= figures["lora.merge.max_logit_difference"] < 1
+    assert hashes(folder / "lora/model") == hashes(folder / "export/transformers")
+    base = "prune" if method == "none" else "recover"
+    assert hashes(folder / "lora/model") != hashes(folder / base / "model")
+    record = artifacts.read_json(folder / "lora" / "lora.json")
+    assert [entry["step"] for entry in record["history"]] == [0, 2, 4]
+    assert (record["steps"], record["tokens"], record["stopped_early"]) == (4, 4 * 4 * 63, False)
+    assert result.failed_gates == [] and leftovers(folder) == []
+    assert not artifacts.checkpoint_folder(folder / "lora").exists()
+    assert "LoRA: 4 steps" in (folder / "report" / "report.md").read_text()
+    assert "LoRA: 4 steps" in (folder / "report" / "report.html").read_text()
+    assert "adapters (rank 8)" in (folder / "export/transformers/README.md").read_text()
+    assert again(f"recover.method={method}", "gates.lora.loss.after.max=9").ran == []
+
+
+def test_another_step_count_reruns_from_lora_on(again):
+    first = again(until="lora")
+    assert first.ran == ["lora"]
+    assert again("lora.steps=2", until="lora").ran == ["lora"]
+    assert again("lora.steps=2", until="lora").ran == []
+    assert api.run(SMOKE, [], first.folder.parent, until="lora").ran == ["lora"]
+    assert not (first.folder / "lora" / "model").exists()
+
+
+def test_a_gate_on_training_that_is_off_is_refused():
+    done = bipdeploy_here("check", SMOKE, "--set", "gates.lora.loss.after.max=3")
+    assert done.returncode == 2 and "no enabled stage measures 'lora.loss.after'" in done.stderr
+
+
+# On plain paths
+
+def test_instructions_are_trained_on_and_the_adapter_is_kept(tmp_path, sliced):
+    rows = [{"instruction": f"Add {n} and {n + 1}.", "input": "" if n % 2 else "as a number",
+             "output": str(2 * n + 1)} for n in range(30)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    out = api.lora("builtin:pico", sliced, tmp_path / "out", [
+        *PLAIN, f"lora.data={file}", "lora.format=alpaca", "lora.packing=false",
+        "lora.tokens=128", "lora.steps=2", "lora.keep_adapter=true",
+        "lora.distillation.weight=0.5"])
+    record = artifacts.read_json(out / "lora.json")
+    assert record["data"]["windows"] == [30, 128] and record["data"]["format"] == "alpaca"
+    assert record["tokens"] < 2 * 4 * 12  # a response is some digits and the end
+    ids = token_windows(2, 24)
+    kept = PeftModel.from_pretrained(loaded(sliced), out / "adapter").eval()
+    # The built-in model's weights are bfloat16, so the merged ones were rounded.
+    assert (logits(kept, ids) - logits(loaded(out / "model"), ids)).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (["lora.target_modules=[q_porj]"], ["lora.target_modules", "'q_porj'", "'q_proj'"]),
+    (["lora.batch=6", "lora.accumulation=4"], ["batch 6", "does not divide", "4 x 1"]),
+    (["lora.batch=4", "lora.processes=3"], ["batch 4", "does not divide", "1 x 3"]),
+    (["lora.distillation.weight=1.5"], ["lora.distillation.weight", "1.5"]),
+    (["lora.schedule=step"], ["lora.schedule", "step"])])
+def test_a_section_that_cannot_be_is_refused_when_it_is_read(settings, words):
+    arguments = [part for s in [*PLAIN, *settings] for part in ("--set", s)]
+    done = bipdeploy_here("check", SMOKE, *arguments)
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_windows_beyond_the_model_s_maximum_are_refused_before_the_first_stage():
+    arguments = [part for s in [*SHORT, "lora.tokens=512"] for part in ("--set", s)]
+    refused(bipdeploy_here("check", SMOKE, *arguments), 2, "lora.tokens", "512", "256")
+
+
+@pytest.mark.parametrize(("content", "settings", "words"), [
+    ("A few words.", ["lora.data=T.txt"], ["lora.data", "0 windows", "4 + 4"]),
+    ("A few words. " * 100, ["lora.data=T.txt", "lora.packing=false"], ["1 windows", "4 + 4"]),
+    ("Words", ["lora.data=T.txt", "lora.format=alpaca"], ["no columns", "instruction"]),
+    ('{"instruction": "a", "output": "b"}', ["lora.data=T.jsonl", "lora.format=alpaca"],
+     ["no column 'input'", "instruction, output"]),
+    ('{"output": "b"}', ["lora.data=T.jsonl"], ["no column 'text'"]),
+    ("", ["lora.data=T.jsonl", "lora.format=alpaca"], ["is empty"]),
+    ("\n", ["lora.data=T.jsonl", "lora.format=alpaca"], ["T.jsonl"]),
+    ("Words " * 2000, ["lora.data=T.txt", "lora.tokens=300"], ["lora.tokens", "256"])])
+def test_a_text_that_cannot_be_trained_on(tmp_path, monkeypatch, sliced, content, settings, words):
+    monkeypatch.chdir(tmp_path)
+    file = Path(settings[0].partition("=")[2])
+    file.write_text(content)
+    arguments = [part for s in [*PLAIN, *settings] for part in ("--set", s)]
+    done = bipdeploy_here("lora", "builtin:pico", sliced, "--out", "out", *arguments)
+    refused(done, 2, *words)
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_being_started_once_for_every_process_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(bipdeploy_here("run", SMOKE, "--runs", tmp_path), 2, "WORLD_SIZE is 2",
+            "lora.processes")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_processes_than_gpus_are_refused():
+    count = torch.cuda.device_count()
+    with pytest.raises(InputError, match=f"lora.processes: {count + 1} were asked for"):
+        launch.require_devices(count + 1, torch.device("cuda"))
+    launch.require_devices(count + 1, torch.device("cpu"))
+
+
+# Kills and processes
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_training_goes_on_to_the_same_weights(tmp_path, sliced):
+    settings = [*PLAIN, "lora.steps=24", "lora.checkpoint_every=2", "lora.dropout=0.1"]
+    whole = api.lora("builtin:pico", sliced, tmp_path / "whole", settings)
+    out = tmp_path / "killed"
+    state = artifacts.checkpoint_folder(out) / "state.json"
+    arguments = [part for s in settings for part in ("--set", s)]
+    with subprocess.Popen([SCRIPT, "lora", "builtin:pico", sliced, "--out", out, *arguments],
+                          env={**os.environ, **ENVIRONMENT}, stderr=subprocess.DEVNULL) as process:
+        while not state.is_file():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    step = artifacts.read_json(state)["step"]
+    assert 0 < step < 24 and not out.exists()
+
+    reporter = Silent()
+    api.lora("builtin:pico", sliced, out, settings, reporter)
+    assert reporter.notes == [f"goes on from step {step} of a run that was interrupted"]
+    assert hashes(out / "model") == hashes(whole / "model")
+    assert artifacts.read_json(out / "figures.json") == artifacts.read_json(whole / "figures.json")
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "killed"}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_recipe_is_not_used(tmp_path, sliced):
+    folder = artifacts.checkpoint_folder(tmp_path / "out")
+    folder.mkdir()
+    (folder / "state.json").write_text('{"identity": "another", "tensors": "none"}')
+    reporter = Silent()
+    out = api.lora("builtin:pico", sliced, tmp_path / "out", PLAIN, reporter)
+    assert reporter.notes == ["the checkpoint of an earlier run is not used: it is of another "
+                              "recipe, model, text or version"]
+    assert artifacts.read_json(out / "lora.json")["steps"] == 4 and not folder.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path, sliced):
+    one = api.lora("builtin:pico", sliced, tmp_path / "one", PLAIN)
+    two = api.lora("builtin:pico", sliced, tmp_path / "two", [*PLAIN, "lora.processes=2"])
+    before, first, second = (
+        torch.cat([p.flatten() for p in loaded(folder).parameters()])
+        for folder in (sliced, one / "model", two / "model"))
+    # Sums in another order, rounded to bfloat16 where they are merged.
+    assert (second - first).norm() < 0.05 * (first - before).norm()
+    records = [artifacts.read_json(folder / "lora.json") for folder in (one, two)]
+    for a, b in zip(records[0]["history"], records[1]["history"], strict=True):
+        assert a["step"] == b["step"] and b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+    assert records[1]["tokens"] == records[0]["tokens"]
+    assert results(two).keys() == results(one).keys()
+
+
+@pytest.mark.slow
+def test_what_a_process_raises_is_raised_here(tmp_path, sliced):
+    with pytest.raises(InputError, match=r"lora\.target_modules"):
+        api.lora("builtin:pico", no_attention(sliced, tmp_path / "model"), tmp_path / "out",
+                 [*PLAIN, "lora.processes=2", "lora.target_modules=[q_proj]"])
+
+
+def no_attention(source: Path, folder: Path) -> Path:
+    """A model whose attentions were all dropped."""
+    from tests.sliced import architecture_of, draw_kept, write_sliced
+
+    arch = architecture_of(source)
+    return write_sliced(source, folder, draw_kept(
+        arch, [(0, widths.intermediate) for widths in arch.blocks]))
