@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_onnx.py --out benchmarks/results/cpu-onnx.json
 
-Speed does not depend on what the weights are, so they are random, and pruned to uniform widths by
-magnitude. Every round runs every model once; ratios are taken within a round. Exports run in
-processes of their own, where their time and peak memory are measured; `--exports` does only that.
+Speed does not depend on what the weights are, so they are random, at uniform widths. Every round
+runs every model once; ratios are taken within a round. Exports run in processes of their own, where
+their time and peak memory are measured; `--exports` does only that.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import bipdeploy
 from bipdeploy import artifacts, console
 from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.families import architecture
@@ -30,10 +28,8 @@ from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
 from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
-
-# hidden size, blocks, heads, KV heads, FFN channels, vocabulary
-SHAPES = {"30M": (512, 8, 8, 4, 1408, 4096), "120M": (768, 12, 12, 4, 2048, 32000),
-          "700M": (1536, 22, 24, 8, 4096, 32000)}
+from speed.models import random_checkpoint
+from speed.shapes import SHAPES, config_of, pruned_of
 
 EXPORT = """
 import json, sys, time
@@ -48,18 +44,6 @@ print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": memory.b
 """
 
 
-def make(folder: Path, shape: str) -> Path:
-    """A random LLaMA of a shape, as a float32 checkpoint."""
-    hidden, blocks, heads, kv_heads, channels, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=blocks, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=channels, vocab_size=vocabulary,
-        head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True,
-        pad_token_id=None)).save_pretrained(folder)
-    return folder
-
-
 def export(model: Path, out: Path, style: str) -> dict[str, float]:
     """Write the ONNX folder in a new process; its seconds, and peak bytes above those at its
     start."""
@@ -70,15 +54,9 @@ def export(model: Path, out: Path, style: str) -> dict[str, float]:
 
 def measure(shape: str, ratio: float, arguments: argparse.Namespace, work: Path) -> dict:
     """All models of one shape and ratio, interleaved."""
-    dense = make(work / "dense", shape)
-    settings = ["score.criterion=magnitude", "calibration.samples=1", "calibration.tokens=16",
-                "prune.round_to=64", "model.device=cpu"]
-    tokenizer = Path(bipdeploy.__file__).parent / "builtin" / "pico"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (dense / name).write_bytes((tokenizer / name).read_bytes())
-    scores = bipdeploy.score(str(dense), work / "scores", settings)
-    pruned = bipdeploy.prune(str(dense), scores, work / "pruned", ratio, settings) / "model"
-    folders = {"dense": dense, "pruned": pruned}
+    config = config_of(shape, "float32")
+    folders = {which: random_checkpoint(work / which, pruned_of(config, removed, 64))
+               for which, removed in (("dense", 0), ("pruned", ratio))}
     exported = {which: export(folder, work / f"onnx-{which}", arguments.style)
                 for which, folder in folders.items()}
     models = {f"onnx {which}": OnnxModel(work / f"onnx-{which}", "cpu") for which in folders}
@@ -143,7 +121,7 @@ def main() -> None:
     exports = []
     for shape in arguments.exports:
         with tempfile.TemporaryDirectory() as work:
-            dense = make(Path(work) / "dense", shape)
+            dense = random_checkpoint(Path(work) / "dense", config_of(shape, "float32"))
             size = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
             exports.append({"shape": shape, "weights_bytes": size,
                             **export(dense, Path(work) / "onnx", arguments.style)})

@@ -26,62 +26,19 @@ from typing import Any
 
 import torch
 
-import bipdeploy
 from bipdeploy import artifacts, console, recipe_file
 from bipdeploy.blocks import BlockWalker
 from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import CheckpointWriter
 from bipdeploy.families import architecture
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
 from bipdeploy.stages.score import score_blocks
+from speed.models import random_checkpoint
+from speed.shapes import SHAPES, config_of
 
-# hidden size, blocks, heads, KV heads, FFN channels, vocabulary
-SHAPES = {"7B": (4096, 32, 32, 32, 11008, 32000), "1B": (2048, 22, 32, 4, 5632, 32000),
-          "100M": (768, 12, 12, 12, 2048, 32000), "tiny": (64, 3, 4, 2, 96, 4096)}
 IMPORTS = "import torch, transformers.models.llama.modeling_llama"
 STAGES = ("imports", "score", "prune", "recover")  # the first: what the libraries alone take
-TOKENIZER = Path(bipdeploy.__file__).parent / "builtin" / "pico"
 SAMPLE_SECONDS = 0.02
-
-
-def config_of(shape: str) -> dict[str, Any]:
-    hidden, blocks, heads, kv_heads, channels, vocabulary = SHAPES[shape]
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-            "num_hidden_layers": blocks, "num_attention_heads": heads, "head_dim": hidden // heads,
-            "num_key_value_heads": kv_heads, "intermediate_size": channels,
-            "vocab_size": vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-            "bos_token_id": 0, "eos_token_id": 0, "dtype": "bfloat16"}
-
-
-def make(folder: Path, shape: str) -> Path:
-    """A random LLaMA of a shape, never more than one tensor of it in memory."""
-    config, generator = config_of(shape), torch.Generator().manual_seed(0)
-    hidden, _, heads, kv_heads, channels, vocabulary = SHAPES[shape]
-    head_dim = config["head_dim"]
-    matrices = {"self_attn.q_proj": (heads * head_dim, hidden),
-                "self_attn.k_proj": (kv_heads * head_dim, hidden),
-                "self_attn.v_proj": (kv_heads * head_dim, hidden),
-                "self_attn.o_proj": (hidden, heads * head_dim),
-                "mlp.gate_proj": (channels, hidden), "mlp.up_proj": (channels, hidden),
-                "mlp.down_proj": (hidden, channels)}
-
-    def drawn(shape: tuple[int, int]) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-
-    norm = torch.ones(hidden, dtype=torch.bfloat16)
-    with CheckpointWriter(folder, config, TOKENIZER) as writer:
-        writer.add({"model.embed_tokens.weight": drawn((vocabulary, hidden))})
-        for index in range(config["num_hidden_layers"]):
-            prefix = f"model.layers.{index}."
-            for name, size in matrices.items():
-                writer.add({f"{name}.weight": drawn(size)}, prefix)
-            writer.add({f"{name}_layernorm.weight": norm for name in ("input", "post_attention")},
-                       prefix)
-        writer.add({"model.norm.weight": norm})
-        writer.add({"lm_head.weight": drawn((vocabulary, hidden))})
-    return folder
 
 
 def settings(arguments: argparse.Namespace) -> list[str]:
@@ -207,7 +164,7 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv), "shape": arguments.shape,
         "threads": torch.get_num_threads(), "environment": artifacts.environment()}
     try:
-        model = make(work / "model", arguments.shape)
+        model = random_checkpoint(work / "model", config_of(arguments.shape))
         record |= {"parameters": architecture(config_of(arguments.shape)).parameters(),
                    "weights_bytes": sum(p.stat().st_size for p in model.glob("*.safetensors")),
                    "seconds_to_make": round(time.time() - began, 1)}

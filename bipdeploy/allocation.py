@@ -193,12 +193,20 @@ def possible_widths(arch: Architecture, section: PruneSection, *,
     return found
 
 
+def narrowest(arch: Architecture, section: PruneSection, *, tensor_parallel: int = 1,
+              influence: Sequence[Influence] | None = None) -> list[BlockWidths]:
+    """The least that may stay of every block, once depth has dropped what it drops."""
+    arch = dropped(arch, section, influence)
+    return _least(arch, section, _choices(arch, section, tensor_parallel))
+
+
 def part_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: int = 1
                 ) -> Callable[[int, str], list[int]]:
     """The widths that a part ("heads", in KV heads, or "ffn", in channels) of a block may have,
     ascending; just the dense one where it is not pruned. Raises InputError as `uniform_widths`."""
     choices = _choices(arch, section, tensor_parallel)
-    _budget(arch, arch, section, choices)
+    if section.ratio is not None:  # targets.py refuses what is too much of another budget
+        _budget(arch, arch, section, choices)
 
     def widths(block: int, part: str) -> list[int]:
         dense = arch.blocks[block]
@@ -326,6 +334,14 @@ def _choices(arch: Architecture, section: PruneSection, tensor_parallel: int) ->
                     lcm(section.round_to, tensor_parallel))
 
 
+def _least(arch: Architecture, section: PruneSection, choices: _Choices) -> list[BlockWidths]:
+    """Every block's fewest KV groups and one rounding unit of channels, of what is pruned."""
+    fewest = {i: counts[:2][-1] for i, counts in choices.groups.items() if section.heads}
+    return [BlockWidths(w.heads, w.kv_heads, min(choices.unit, w.intermediate))
+            if section.ffn and i in choices.groups else w
+            for i, w in enumerate(_with_groups(arch, fewest))]
+
+
 def _ffn_capacity(arch: Architecture, section: PruneSection, choices: _Choices) -> int | None:
     """Parameters that FFN channels can give up; None where they are not pruned."""
     if not section.ffn:
@@ -343,21 +359,19 @@ def _budget(dense: Architecture, arch: Architecture, section: PruneSection,
     """
     total = sum(dense.block_parameters(i) for i in range(len(dense.blocks)))
     gone = _removed(dense, arch.blocks)
+    assert section.ratio is not None  # targets.py turns a target into one
     budget = section.ratio * total - gone
     if section.depth.any:
         _require_depth(section, gone / total, largest_part(dense, arch) / total)
         if not (section.heads or section.ffn):
             return 0.0, 0.0
-    most = _ffn_capacity(arch, section, choices) or 0
-    fewest = {i: counts[:2][-1] for i, counts in choices.groups.items()}
-    if section.heads:
-        most += sum((arch.blocks[i].kv_heads - groups) * arch.kv_group_parameters(i)
-                    for i, groups in fewest.items())
-    if budget > most:
-        heads = max(1, *fewest.values())
+    least = _least(arch, section, choices)
+    most = _removed(arch, least)
+    if budget > most * (1 + 1e-9):
+        heads = max(1, *(least[i].kv_heads for i in choices.blocks))
         raise InputError(
             f"prune.ratio: {section.ratio:g} would leave a block without heads or FFN channels: "
-            f"{len(fewest)} of {len(arch.blocks)} blocks may be pruned, each keeps "
+            f"{len(choices.blocks)} of {len(arch.blocks)} blocks may be pruned, each keeps "
             f"{'one KV head' if heads == 1 else counted(heads, 'KV head')} and "
             f"{choices.unit} channels; with these settings at most "
             f"{int((most + gone) / total * 1000) / 1000:g} can be removed")
@@ -370,6 +384,7 @@ def _require_depth(section: PruneSection, gone: float, part: float) -> None:
     It must leave something to the widths or, where these are not pruned, meet the ratio itself to
     within one dropped part.
     """
+    assert section.ratio is not None
     share = f"prune.depth drops {gone:.3g} of the parameters, and prune.ratio is {section.ratio:g}"
     if section.heads or section.ffn:
         if gone >= section.ratio:

@@ -13,13 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bipdeploy import artifacts, pipeline, recipe_file, sources
+from bipdeploy import artifacts, latency, pipeline, recipe_file, sources
 from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.comparing.command import Compared
 from bipdeploy.comparing.command import compare as compared
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
+from bipdeploy.latency import Table
 from bipdeploy.recipe import Recipe
+from bipdeploy.sweeping.command import Swept
+from bipdeploy.sweeping.command import sweep as swept
 
 PathLike = str | Path
 
@@ -40,6 +43,16 @@ def compare(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] =
     return compared(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, said)
 
 
+def sweep(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] = (),
+          reporter: Reporter | None = None, *, command: str = "bipdeploy.sweep",
+          said: Callable[[str], None] = lambda _: None, verbose: bool = False) -> Swept:
+    """Run every trial of a recipe's section `sweep` on Ray Tune; those that `out` holds to their
+    end are reused. `said` is told, in a line, how every trial ended."""
+    source = "RECIPE" if isinstance(recipe, Recipe) else str(recipe)
+    return swept(_recipe(recipe, overrides), Path(out), reporter or Silent(), command, source, said,
+                 verbose=verbose)
+
+
 def _recipe(recipe: Recipe | PathLike, overrides: Sequence[str]) -> Recipe:
     if not isinstance(recipe, Recipe):
         return recipe_file.load(recipe, list(overrides))
@@ -54,11 +67,14 @@ def score(model: str, out: PathLike, settings: Sequence[str] = (),
     return _stage("score", model, {}, out, settings, reporter)
 
 
-def prune(model: str, scores: PathLike, out: PathLike, ratio: float,
+def prune(model: str, scores: PathLike, out: PathLike, ratio: float | None = None,
           settings: Sequence[str] = (), reporter: Reporter | None = None) -> Path:
-    """Slice a model by its scores; returns the folder that holds the smaller `model`."""
+    """Slice a model by its scores; returns the folder that holds the smaller `model`.
+
+    Without a `ratio` the settings give `prune.target`.
+    """
     return _stage("prune", model, {"score": Path(scores)}, out,
-                  [f"prune.ratio={ratio}", *settings], reporter)
+                  [f"prune.ratio={'null' if ratio is None else ratio}", *settings], reporter)
 
 
 def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
@@ -120,10 +136,33 @@ def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None
     return Path(out)
 
 
+def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None = None,
+            context: int | None = None, cache: PathLike | None = None, force: bool = False,
+            reporter: Reporter | None = None) -> Table:
+    """Time the parts of a model, or of a recipe's, on this machine, or take them from the cache.
+
+    Batch and context: as given, else those of the recipe's target, else of its `bench.torch`.
+    """
+    path = Path(source)
+    recipe = (recipe_file.load(path, list(settings)) if path.suffix in {".yaml", ".yml"}
+              else _stage_recipe(str(source), settings))
+    config = sources.config_of(recipe.model)[0]
+    target, bench = recipe.prune.target, recipe.bench.torch
+    timed = target if target and target.timed else None
+    key = latency.key(config, recipe.model, batch or (timed.batch if timed else bench.batch),
+                      context or (timed.tokens if timed else bench.prompt_tokens))
+    cache = Path(cache) if cache else None
+    found = None if force else latency.lookup(key, cache)
+    if found is None:
+        from bipdeploy.measuring import profile as measuring
+
+        found = measuring.obtain(key, config, recipe.model, reporter, cache, force=force)
+    return found
+
+
 def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
            settings: Sequence[str], reporter: Reporter | None) -> Path:
-    base = {"name": "stage", "model": {"id": model}, "prune": {"ratio": 0.5}}
-    recipe = recipe_file.build(base, "--set", list(settings))
+    recipe = _stage_recipe(model, settings)
     pipeline.require_one_process()
     if "dense" in pipeline.STAGES[name].inputs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
@@ -131,3 +170,8 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
         Checkpoint(inputs["dense"]).verify()
     pipeline.run_stage(name, recipe, inputs, Path(out), "", reporter or Silent())
     return Path(out)
+
+
+def _stage_recipe(model: str, settings: Sequence[str]) -> Recipe:
+    base = {"name": "stage", "model": {"id": model}, "prune": {"ratio": 0.5}}
+    return recipe_file.build(base, "--set", list(settings))

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -54,13 +54,13 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
     """Check recipes without loading anything; every fault is reported at once."""
     from rich.markup import escape
 
-    from bipdeploy import console, pipeline, recipe_file
+    from bipdeploy import console, preflight, recipe_file
     from bipdeploy.errors import InputError, RecipeError
 
     faulty = []
     for path in recipes:
         try:
-            pipeline.check_offline(recipe_file.load(path, settings or []))
+            preflight.check_offline(recipe_file.load(path, settings or []))
             console.out.print("[green]ok[/] ", escape(str(path)))
         except InputError as error:
             named = isinstance(error, RecipeError) or str(path) in str(error)
@@ -88,13 +88,13 @@ def compare(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
     """Compare criteria, layers, ratios and repairs on one model; what OUT holds is reused."""
     import shlex
 
-    from bipdeploy import api, console, screens
+    from bipdeploy import api, console, options, screens
 
     given = {"criteria": criteria, "layers": layers, "methods": methods, "ratios": ratios,
              "repairs": repairs, "seeds": seeds}
     with console.bar("compare") as bar:
         compared = api.compare(
-            recipe, out, [*_compare_settings(given), *(settings or [])], bar,
+            recipe, out, [*options.compare_settings(given), *(settings or [])], bar,
             command=shlex.join(["bipdeploy", *sys.argv[1:]]), said=console.log)
     if as_json:
         print(json.dumps({"folder": str(compared.folder), "measured": compared.measured,
@@ -107,28 +107,52 @@ def compare(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
                                    for c in compared.data["not_run"]))
 
 
-def _compare_settings(given: dict[str, str | None]) -> list[str]:
-    """Options of `compare` as overrides. Methods and repairs that are named stand alone: what the
-    recipe lists besides is left out."""
-    named: dict[str, Any] = {name: value.split(",") for name, value in given.items()
-                             if value is not None}
-    if "methods" in named:
-        named = {"criteria": [], **named}
-    if {"criteria", "layers"} & set(named):
-        named = {"methods": [], **named}
-    if {"methods", "repairs"} & set(named):
-        named["also"] = {}
-    for name in {"ratios", "seeds"} & set(named):
-        named[name] = [_number(word) for word in named[name]]
-    return [f"compare.{name}={json.dumps(value)}" for name, value in named.items()]
+@app.command()
+def sweep(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+          out: Out,
+          ratios: Annotated[str | None, typer.Option(help="Such as 0.2,0.3.")] = None,
+          criteria: Annotated[str | None, typer.Option(help="Such as llm_bip,flap.")] = None,
+          layers: Annotated[str | None, typer.Option(help="Such as uniform,searched.")] = None,
+          repairs: Annotated[str | None, typer.Option(help="Such as none,refit.")] = None,
+          vary: Annotated[list[str] | None, typer.Option(
+              help="Any other field: section.field=value,value. Repeatable.")] = None,
+          samples: Annotated[int | None, typer.Option(
+              help="Combinations drawn at random; default: all of them.")] = None,
+          max_perplexity_ratio: Annotated[float | None, typer.Option(
+              help="Stop trials whose perplexity ratio is above this.")] = None,
+          address: Annotated[str | None, typer.Option(
+              help="A Ray cluster, HOST:PORT or auto; default: this machine.")] = None,
+          concurrent: Annotated[int | None, typer.Option(help="Trials at once.")] = None,
+          cpus: Annotated[int | None, typer.Option(help="Cores of each trial.")] = None,
+          gpus: Annotated[float | None, typer.Option(help="GPUs of each trial.")] = None,
+          settings: Set = None,
+          verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's log.")] = False,
+          as_json: Annotated[bool, typer.Option("--json", help="Trials as JSON.")] = False,
+          ) -> None:
+    """Run many settings of one recipe on Ray Tune, weigh quality against speed; OUT is reused."""
+    import shlex
+
+    from bipdeploy import api, console, options, screens
+
+    given = options.sweep_settings(
+        {"ratios": ratios, "criteria": criteria, "layers": layers, "repairs": repairs}, vary,
+        {"samples": samples, "max_perplexity_ratio": max_perplexity_ratio,
+         "engine.address": address, "engine.concurrent": concurrent, "engine.cpus": cpus,
+         "engine.gpus": gpus})
+    with console.bar("sweep") as bar:
+        swept = api.sweep(recipe, out, [*given, *(settings or [])], bar,
+                          command=shlex.join(["bipdeploy", *sys.argv[1:]]), said=console.log,
+                          verbose=verbose)
+    if as_json:
+        print(json.dumps({"folder": str(swept.folder), "ran": swept.ran, "reused": swept.reused,
+                          "trials": swept.data["trials"]}))
+    else:
+        screens.show_swept(swept)
+    failed = [t for t in swept.data["trials"] if t["state"] == "failed"]
+    if failed:
+        raise StageError("\n".join(f"trial {t['label']}: {t['why']}" for t in failed))
 
 
-def _number(word: str) -> object:
-    """The number that a word is, or the word, which the recipe then refuses."""
-    try:
-        return json.loads(word)
-    except ValueError:
-        return word
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context,
@@ -178,19 +202,52 @@ def generate(path: Annotated[str, typer.Argument(
 def plan(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
          settings: Set = None,
          runs: Annotated[Path, typer.Option(help="Where run folders are.")] = Path("runs"),
+         gpu: Annotated[str | None, typer.Option(
+             help="Estimate times on this GPU, such as H100; else hardware.gpu.")] = None,
          as_json: Annotated[bool, typer.Option("--json", help="Plan as JSON on stdout.")] = False,
          ) -> None:
-    """Show what a recipe will make: sizes, widths and what they divide by; no weights are read."""
+    """Show what a recipe will make and cost, and what its widths divide by; no weights are read."""
     from dataclasses import asdict
 
+    from bipdeploy import gpus, recipe_file, screens
     from bipdeploy import plan as planning
-    from bipdeploy import recipe_file, screens
+    from bipdeploy.errors import InputError
 
-    made = planning.make(recipe_file.load(recipe, settings or []), runs)
+    try:
+        named = [f"hardware.gpu={gpus.find(gpu).name}"] if gpu else []
+    except ValueError as error:
+        raise InputError(f"--gpu: {error}") from error
+    made = planning.make(recipe_file.load(recipe, [*(settings or []), *named]), runs)
     if as_json:
         print(json.dumps(asdict(made)))
     else:
         screens.show_plan(made)
+
+
+@app.command()
+def profile(source: Annotated[str, typer.Argument(
+                metavar="MODEL|RECIPE", help="A recipe, or builtin:pico, a folder or a hub id.")],
+            settings: Set = None,
+            batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once.")] = None,
+            context: Annotated[int | None, typer.Option(
+                min=1, help="Tokens of the prompt, which decoding then sees.")] = None,
+            cache: Annotated[Path | None, typer.Option(
+                help="Where tables are kept; by default below the user's cache folder.")] = None,
+            force: Annotated[bool, typer.Option("--force", help="Measure again.")] = False,
+            as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
+            ) -> None:
+    """Time a model's attention and FFN at several widths on this machine; no weights are read."""
+    from dataclasses import asdict
+
+    from bipdeploy import api, console, screens
+
+    with console.bar("profile") as bar:
+        table = api.profile(source, settings or [], batch=batch, context=context, cache=cache,
+                            force=force, reporter=bar)
+    if as_json:
+        print(json.dumps(asdict(table)))
+    else:
+        screens.show_profile(table)
 
 
 @app.command()
@@ -215,7 +272,8 @@ def score(model: Model, out: Out, settings: Set = None) -> None:
 def prune(model: Model,
           scores: Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")],
           out: Out,
-          ratio: Annotated[float, typer.Option(help="Share of block parameters to remove.")],
+          ratio: Annotated[float | None, typer.Option(
+              help="Share of block parameters to remove; or --set prune.target=…")] = None,
           settings: Set = None) -> None:
     """Slice a model by its scores."""
     _one("prune", lambda api, bar: api.prune(model, scores, out, ratio, settings or [], bar))

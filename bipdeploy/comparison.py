@@ -66,19 +66,21 @@ def method(name: str, layers: str = "uniform") -> Method:
     """A method by its name. Raises ValueError where its criterion or its layers are not known."""
     ranking, at, spread = name.partition("@")
     spread = spread if at else layers
-    criterion_fault, layers_fault = _criterion_fault(ranking), _layers_fault(spread)
-    if criterion_fault or layers_fault:
-        raise ValueError("\n".join(filter(None, (criterion_fault, layers_fault))))
+    faults = list(filter(None, (criterion_fault(ranking), layers_fault(spread))))
+    if faults:
+        raise ValueError("\n".join(faults))
     criterion, _, propagation = ranking.partition(":")
     return Method(criterion, propagation or None, spread)
 
 
-def _criterion_fault(name: str) -> str | None:
+def criterion_fault(name: str) -> str | None:
+    """What is wrong with a criterion's name; None where nothing is."""
     return None if name in CRITERIA_NAMES else (
         f"no criterion is called {name!r}{did_you_mean(name, CRITERIA_NAMES)}")
 
 
-def _layers_fault(name: str) -> str | None:
+def layers_fault(name: str) -> str | None:
+    """As `criterion_fault`, of layers."""
     return None if name in LAYERS else f"no layers are called {name!r}{did_you_mean(name, LAYERS)}"
 
 
@@ -90,12 +92,14 @@ def _method_fault(name: str) -> str | None:
     return None
 
 
-def _repair_fault(name: str) -> str | None:
+def repair_fault(name: str) -> str | None:
+    """As `criterion_fault`, of a repair."""
     return None if name in REPAIRS else (
         f"no repair is called {name!r}{did_you_mean(name, REPAIRS)}")
 
 
-def _refuse(names: Iterable[str], fault: Callable[[str], str | None]) -> None:
+def refuse(names: Iterable[str], fault: Callable[[str], str | None]) -> None:
+    """Raise ValueError with a line for each name that has a fault."""
     faults = [message for name in names if (message := fault(name))]
     if faults:
         raise ValueError("\n".join(faults))
@@ -133,38 +137,38 @@ class CompareSection(Section):
     @field_validator("criteria")
     @classmethod
     def _known_criteria(cls, names: list[str]) -> list[str]:
-        _refuse(names, _criterion_fault)
+        refuse(names, criterion_fault)
         return names
 
     @field_validator("layers")
     @classmethod
     def _known_layers(cls, names: list[str]) -> list[str]:
-        _refuse(names, _layers_fault)
+        refuse(names, layers_fault)
         return names
 
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, names: list[str]) -> list[str]:
-        _refuse(names, _method_fault)
+        refuse(names, _method_fault)
         return names
 
     @field_validator("repairs")
     @classmethod
     def _known_repairs(cls, names: list[str]) -> list[str]:
-        _refuse(names, _repair_fault)
+        refuse(names, repair_fault)
         return names
 
     @field_validator("also")
     @classmethod
     def _known_both(cls, also: dict[str, list[str]]) -> dict[str, list[str]]:
-        _refuse(also, _method_fault)
-        _refuse([name for names in also.values() for name in names], _repair_fault)
+        refuse(also, _method_fault)
+        refuse([name for names in also.values() for name in names], repair_fault)
         return also
 
     @field_validator("seeds")
     @classmethod
     def _not_negative(cls, seeds: list[int]) -> list[int]:
-        _refuse(map(str, seeds), lambda seed: f"{seed} is below 0" if int(seed) < 0 else None)
+        refuse(map(str, seeds), lambda seed: f"{seed} is below 0" if int(seed) < 0 else None)
         return seeds
 
     def repairs_of(self, propagation: str) -> dict[Method, list[str]]:

@@ -50,6 +50,22 @@ def group_faults(arch: Architecture, widths: Sequence[BlockWidths], group: int,
     return found
 
 
+def tensor_core_faults(arch: Architecture, widths: Sequence[BlockWidths], multiple: int,
+                       parallel: int = 1) -> list[str]:
+    """Sides of matrices that are no multiple of `multiple` on each of `parallel` GPUs, where tensor
+    cores compute some of their tile for nothing. KV heads that are copied count whole."""
+    found = [f"hidden size {arch.hidden}"] if arch.hidden % multiple else []
+    for i, w in enumerate(widths):
+        for count, size, noun in ((w.heads, arch.head_dim, "query head"),
+                                  (w.kv_heads, arch.head_dim, "KV head"),
+                                  (w.intermediate, 1, "channel")):
+            split = 1 if noun == "KV head" and count < parallel else parallel
+            if count * size % (multiple * split):
+                of = f" of size {size}" if size > 1 else ""
+                found.append(f"block {i}: {counted(count, noun)}{of}")
+    return found
+
+
 def require_parallel(arch: Architecture, parallel: int) -> None:
     """Raise InputError where the dense model itself cannot be split over `parallel` GPUs."""
     found = faults(arch.blocks, parallel)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from bipdeploy import tasks
 
 if TYPE_CHECKING:
-    from bipdeploy.recipe import OnnxExport, Recipe, VllmBench
+    from bipdeploy.recipe import OnnxExport, Recipe
+    from bipdeploy.recipe_bench import VllmBench
 
 COMPARED = ("dense", "pruned", "ratio")
 TIMED = ("dense", "pruned", "speedup")
@@ -29,6 +30,8 @@ def expected(recipe: Recipe) -> set[str]:
     """Every figure that a run of `recipe` measures."""
     names = {f"{base}.{kind}" for base in ("parameters", "block_parameters", "weights_bytes",
                                            "kv_bytes_per_token") for kind in COMPARED}
+    if recipe.prune.target and recipe.prune.target.kind != "parameters":
+        names |= {f"prune.target.{kind}" for kind in ("asked", "reached")}
     if recipe.lora.enabled:
         names |= set(LORA)
     if recipe.evaluate.perplexity.enabled:

@@ -11,21 +11,20 @@ import os
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, sources, tasks
-from bipdeploy.allocation import uniform_widths
+from bipdeploy import artifacts, footprint, latency, sources, targets, tasks
 from bipdeploy.calibration import calibration_split, test_split, training_split
 from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
-from bipdeploy.families import architecture
-from bipdeploy.ort import installed
+from bipdeploy.families import BlockWidths
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import Recipe
 from bipdeploy.stages.job import Job
 
@@ -63,7 +62,7 @@ STAGES: dict[str, Stage] = {
     "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "lora",
                      "seed"), ("pruned", "prune"), libraries=_VLLM + _ONNX),
-    "evaluate": Stage(("evaluate", "model", "calibration"), ("dense", "exported", "export"),
+    "evaluate": Stage(("evaluate", "model", "calibration", "lora"), ("dense", "exported", "export"),
                       libraries=_ONNX + _LM_EVAL),
     "bench": Stage(("bench", "model", "hardware"), ("dense", "exported", "served", "export"),
                    timed=True, libraries=_VLLM + _ONNX),
@@ -125,12 +124,15 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     require_one_process()
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
-    preflight(recipe, dense)
+    preflight(recipe, config := read_config(dense))
     Checkpoint(dense).verify()
     folder = runs / recipe.name
     _writable(folder)
+    widths = profiled(recipe, config, reporting)
     result = RunResult(folder)
     keys = stage_keys(recipe, dense)
+    footprint.require_space(recipe, config, widths, _due(names, folder, keys, force, start),
+                            folder)
     rerun = force
     for name in names:
         rerun = rerun or name == start
@@ -143,6 +145,26 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
         result.ran.append(name)
         _write_run_manifest(recipe, folder, dense, keys)
     return result
+
+
+def profiled(recipe: Recipe, config: Mapping[str, Any], reporting: Reporting | None = None
+             ) -> list[BlockWidths]:
+    """The widths to expect, uniform ones. The times that the target needs are measured first,
+    where no earlier run did. Raises InputError where the target cannot be met."""
+    key = targets.table_key(recipe, config)
+    if key and not latency.lookup(key):
+        profile = importlib.import_module("bipdeploy.measuring.profile")
+        with (reporting("profile") if reporting else nullcontext(Silent())) as reporter:
+            profile.obtain(key, config, recipe.model, reporter)
+    return targets.planned(recipe, config)[1]
+
+
+def _due(names: Sequence[str], folder: Path, keys: Mapping[str, str], force: bool,
+         start: str | None) -> list[str]:
+    """Those of the stages that will run; the others are reused."""
+    first = names.index(start) if start else len(names)
+    return [name for number, name in enumerate(names)
+            if force or number >= first or not intact(folder / name, keys[name])]
 
 
 def require_one_process() -> None:
@@ -226,7 +248,9 @@ def _out_of_memory(name: str) -> StageError:
 
 def stage_keys(recipe: Recipe, dense: Path) -> dict[str, str]:
     """The key of every stage, and that of the dense model."""
-    keys = {"dense": sources.fingerprint(dense)}
+    wanted = targets.table_key(recipe, read_config(dense))
+    table = wanted and latency.lookup(wanted)
+    keys = {"dense": sources.fingerprint(dense), "profile": table.digest if table else ""}
     for name in STAGES:
         keys[name] = stage_key(name, recipe, keys)
     return keys
@@ -243,7 +267,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: artifacts.version_of(library) for library in stage.libraries}},
-        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections},
+        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections
+                     if s != "lora" or recipe.lora.enabled},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
@@ -255,6 +280,11 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["training"] = text.fingerprint(recipe.lora.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
+    if "prune" in stage.sections and (target := recipe.prune.target):
+        if target.timed:
+            parts["profile"] = keys.get("profile")
+        if target.kind == "memory":  # the biases that a repair adds count
+            parts["repair"] = recipe.recover.method
     return artifacts.digest(parts)
 
 
@@ -275,71 +305,6 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
         candidates = [dense] if artefact == "dense" else [folder / place for place in places]
         found[artefact] = next((p for p in candidates if p.is_dir()), candidates[-1])
     return found
-
-
-def preflight(recipe: Recipe, dense: Path) -> None:
-    """Refuse what cannot work before the first expensive step. Raises InputError."""
-    arch = architecture(read_config(dense))
-    # What is too much for `uniform` is so for `global` and `adaptive`.
-    uniform_widths(arch, recipe.prune, tensor_parallel=recipe.hardware.tensor_parallel)
-    if recipe.calibration.tokens > arch.max_positions:
-        raise InputError(f"calibration.tokens: {recipe.calibration.tokens} is longer than the "
-                         f"model's maximum of {arch.max_positions}; lower it")
-    if recipe.lora.enabled and recipe.lora.tokens > arch.max_positions:
-        raise InputError(f"lora.tokens: {recipe.lora.tokens} is longer than the model's maximum of "
-                         f"{arch.max_positions}; lower it")
-    check_texts(recipe)
-    check_tasks(recipe)
-    perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
-    if perplexity.enabled:
-        for window in perplexity.windows:
-            if isinstance(window, int) and window > arch.max_positions:
-                raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
-                                 f"model's maximum of {arch.max_positions}; lower it or write max")
-    if recipe.export.onnx.enabled:
-        installed.require(*installed.PACKAGES)
-        if recipe.export.onnx.dtype == "bfloat16" and recipe.model.device == "cpu":
-            raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, and "
-                             "model.device is cpu; use float32 or float16")
-    vllm = recipe.bench.vllm
-    if vllm.enabled and vllm.prompt_tokens + vllm.new_tokens >= arch.max_positions:
-        raise InputError(f"bench.vllm: prompt_tokens {vllm.prompt_tokens} and new_tokens "
-                         f"{vllm.new_tokens} do not leave one token of the model's maximum of "
-                         f"{arch.max_positions}; lower them")
-    if bench.enabled and bench.prompt_tokens + bench.new_tokens > arch.max_positions:
-        raise InputError(f"bench.torch: prompt_tokens {bench.prompt_tokens} and new_tokens "
-                         f"{bench.new_tokens} pass the model's maximum of {arch.max_positions}; "
-                         "lower them")
-
-
-def check_texts(recipe: Recipe) -> None:
-    """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
-    named = {"calibration.data": recipe.calibration.data}
-    if recipe.evaluate.perplexity.enabled:
-        named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
-    if recipe.lora.enabled:
-        named["lora.data"] = recipe.lora.data
-    listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]
-    faults = [f"{name}: {fault}" for name, data in listed if (fault := text.check(data))]
-    if faults:
-        raise InputError("\n".join(faults))
-
-
-def check_tasks(recipe: Recipe) -> None:
-    """Refuse tasks that lm-eval, as installed here, cannot run. Raises InputError for all."""
-    if recipe.evaluate.zero_shot.enabled:
-        tasks.find(recipe.evaluate.zero_shot.tasks)
-
-
-def check_offline(recipe: Recipe) -> None:
-    """All of `preflight` that needs no network: a model on the hub is not looked at."""
-    if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
-        dense = sources.model_folder(recipe.model.id)
-        preflight(recipe, dense)
-        Checkpoint(dense).verify()
-    else:
-        check_texts(recipe)
-        check_tasks(recipe)
 
 
 def _writable(folder: Path) -> None:
@@ -366,8 +331,8 @@ def _write_run_manifest(recipe: Recipe, folder: Path, dense: Path,
         "stages": stages})
 
 
-# Fields that say where or when things are kept, and change no result.
-WHERE = {"spill", "checkpoint_every"}
+# Fields that change no result: where or when things are kept, and what only a plan reads.
+WHERE = {"spill", "checkpoint_every", "shape", "gpu"}
 
 
 def plain(value: Any, without: set[str] | None = None) -> Any:

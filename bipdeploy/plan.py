@@ -1,6 +1,7 @@
-"""What a recipe will make, before it runs: widths, sizes, and what the widths divide by.
+"""What a recipe will make, before it runs: widths, sizes, costs, and what the widths divide by.
 
-All from `config.json`: no torch is imported and no weights are loaded.
+All from `config.json`, or from the recipe's `model.shape` where that cannot be had: no torch is
+imported and no weights are loaded.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from bipdeploy import artifacts, pipeline, sources
-from bipdeploy.allocation import possible_widths, uniform_widths
-from bipdeploy.checkpoint import read_config
-from bipdeploy.divisibility import counted, faults, group_faults
+from bipdeploy import artifacts, cost, footprint, gpus, pipeline, sources, targets
+from bipdeploy.allocation import possible_widths
+from bipdeploy.divisibility import counted, faults, group_faults, tensor_core_faults
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
+from bipdeploy.measuring import cpu_peak
 from bipdeploy.modeling.formats import biased_config, pruned_config
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import Recipe
 
 _PARALLEL = (2, 4, 8)
 _GROUPS = (64, 128)
-Known = Literal["exact", "run", "budget"]
+Known = Literal["exact", "run", "budget", "unmeasured"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,15 @@ class Verdict:
 class Plan:
     """A dense model and what a recipe makes of it.
 
-    `known`: `exact` (the widths follow from the sizes), `run` (they are those of a finished run)
-    or `budget` (they depend on scores, and are uniform ones of the same budget until then; of the
-    `dropped` parts the first that may leave stand in for those that will).
+    `known`: `exact` (the widths follow from the sizes), `run` (they are those of a finished run),
+    `budget` (they depend on scores, and are uniform ones of the same budget until then; of the
+    `dropped` parts the first that may leave stand in for those that will) or `unmeasured` (they
+    depend on times that this machine has not measured, and are what bytes and FLOPs alone ask for).
+    `source`: `config`, or `shape` where the recipe's own sizes had to do.
+    `costs`: by name, of `dense` and `pruned`: bytes, and FLOPs per token. `speedups`: how many
+    times as fast at the `memory_bound` and the `compute_bound` end. `roofline`: seconds on the GPU,
+    by phase, lower bounds. `stages`: estimates over the figures of `machine`. `disk`: bytes that
+    a run `needed` and that are `free`; None of a finished one.
     """
 
     name: str
@@ -54,30 +62,101 @@ class Plan:
     figures: dict[str, float]
     verdicts: tuple[Verdict, ...]
     dropped: dict[str, int]
+    target: dict[str, Any] | None
+    source: Literal["config", "shape"]
+    batch: int
+    context: int
+    costs: dict[str, dict[str, float]]
+    speedups: dict[str, float]
+    gpu: gpus.Gpu | None
+    roofline: dict[str, dict[str, float]] | None
+    machine: dict[str, Any]
+    stages: dict[str, footprint.Stage]
+    disk: dict[str, float]
 
 
 def make(recipe: Recipe, runs: Path) -> Plan:
     """Plan a recipe; `runs` is where its finished run may be. Raises InputError as `run` would."""
-    dense = sources.model_folder(recipe.model.id, recipe.model.revision, weights=False)
-    pipeline.preflight(recipe, dense)
-    config = read_config(dense)
+    config, dense = sources.config_of(recipe.model)
+    preflight(recipe, config)
     arch = architecture(config)
     parallel = recipe.hardware.tensor_parallel
-    uniform = tuple(uniform_widths(arch, recipe.prune, tensor_parallel=parallel))
+    target, widths = targets.planned(recipe, config)
+    uniform = tuple(widths)
     known: Known = "exact"
     pruned = possible = uniform
     if recipe.prune.layers != "uniform" or recipe.prune.depth.any:
-        made = _made(recipe, dense, runs / recipe.name / "prune")
+        made = _made(recipe, dense, runs / recipe.name / "prune") if dense else None
         known = "run" if made else "budget"
         pruned = made or uniform
         if recipe.prune.layers != "uniform":
             possible = tuple(possible_widths(arch, recipe.prune, tensor_parallel=parallel))
         possible = made or possible
-    return Plan(recipe.name, recipe.model.id, recipe.prune.ratio, recipe.prune.layers, parallel,
-                known, arch.blocks, pruned,
-                size_figures(arch, _architecture(recipe, config, arch, pruned)),
-                tuple(_verdicts(arch, possible, parallel, certain=known != "budget")),
-                recipe.prune.depth.model_dump())
+    if known != "run" and target and target.section.timed and not target.table:
+        known = "unmeasured"
+    after = _architecture(recipe, config, arch, pruned)
+    gpu = gpus.find(recipe.hardware.gpu) if recipe.hardware.gpu else None
+    sized = footprint.sizes(recipe, config, after)
+    bench = recipe.bench.torch
+    context = bench.prompt_tokens + bench.new_tokens
+    costs = {name: {"dense": spent(arch), "pruned": spent(after)} for name, spent in _costs(
+        sized.stored, bench.batch, bench.prompt_tokens, context).items()}
+    machine: dict[str, Any] = ({"name": f"{gpu.name}, roofline", "flops": gpu.flops,
+                                "bandwidth": gpu.bandwidth} if gpu else
+                               {"name": "this CPU, measured for a second", **cpu_peak.measured()})
+    stages = footprint.stages(sized, machine["flops"], machine["bandwidth"])
+    needed, free = footprint.space({n: s.writes for n, s in stages.items()}, list(stages),
+                                   runs / recipe.name)
+    return Plan(
+        recipe.name, recipe.model.id, _ratio(recipe, arch, pruned), recipe.prune.layers, parallel,
+        known, arch.blocks, pruned, size_figures(arch, after),
+        tuple(_verdicts(arch, possible, parallel, certain=known in ("exact", "run"))),
+        recipe.prune.depth.model_dump(),
+        target=target.record(pruned) if target else None, source="config" if dense else "shape",
+        batch=bench.batch, context=context, costs=costs,
+        speedups={"memory_bound": _gain(costs["decode_bytes_read"]),
+                  "compute_bound": _gain(costs["prefill_flops_per_token"])},
+        gpu=gpu, roofline=_roofline(gpu, arch, after, sized.computed, recipe) if gpu else None,
+        machine=machine, stages=stages, disk={"needed": needed, "free": free})
+
+
+def _ratio(recipe: Recipe, arch: Architecture, pruned: Sequence[BlockWidths]) -> float:
+    """The share of block parameters that is asked for or, with another target, removed."""
+    whole = cost.parameters(arch)
+    return recipe.prune.share or 1 - whole.whole(pruned) / whole.whole(arch.blocks)
+
+
+def _costs(stored: int, batch: int, prompt: int, context: int
+           ) -> dict[str, Callable[[Architecture], float]]:
+    """What is shown of a model. FLOPs per token: of a prefill of the prompt with the logits of its
+    last token, and of a decode step that sees `context` tokens."""
+    return {
+        "disk_bytes": lambda a: stored * a.parameters(),
+        "kv_bytes_per_token": lambda a: a.kv_bytes_per_token(bytes_per_value=stored),
+        "kv_cache_bytes": lambda a: batch * context * a.kv_bytes_per_token(bytes_per_value=stored),
+        "prefill_flops_per_token": lambda a: (cost.flops(a, prompt).whole(a.blocks)
+                                              + cost.head_flops(a, 1)) / prompt,
+        "decode_flops_per_token": lambda a: (cost.flops(a, 1, context - 1).whole(a.blocks)
+                                             + cost.head_flops(a, 1)),
+        "decode_bytes_read": lambda a: cost.read_per_step(a, stored, batch, context)}
+
+
+def _gain(values: Mapping[str, float]) -> float:
+    return values["dense"] / values["pruned"]
+
+
+def _roofline(gpu: gpus.Gpu, dense: Architecture, pruned: Architecture, value: int,
+              recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Seconds by phase, dense and pruned, and whether the weights fit: `memory`, a share of it."""
+    bench = recipe.bench.torch
+    bounds = {which: footprint.roofline(arch, value, bench.batch, bench.prompt_tokens, gpu.flops,
+                                        gpu.bandwidth)
+              for which, arch in (("dense", dense), ("pruned", pruned))}
+    shares = {which: (value * arch.parameters() + bench.batch * arch.kv_bytes_per_token(
+        bytes_per_value=value) * (bench.prompt_tokens + bench.new_tokens)) / gpu.memory
+        for which, arch in (("dense", dense), ("pruned", pruned))}
+    return {**{phase: {which: bounds[which][phase] for which in bounds}
+               for phase in bounds["dense"]}, "memory": shares}
 
 
 def _architecture(recipe: Recipe, config: Mapping[str, Any], dense: Architecture,
@@ -112,6 +191,8 @@ def _verdicts(arch: Architecture, widths: Sequence[BlockWidths], parallel: int, 
     for size in _GROUPS:
         checks[f"quantisation groups of {size}{split}"] = partial(
             group_faults, arch, group=size, parallel=parallel)
+        checks[f"tensor-core multiples of {size}{split}"] = partial(
+            tensor_core_faults, arch, multiple=size, parallel=parallel)
     return [_verdict(name, check, widths, certain) for name, check in checks.items()]
 
 

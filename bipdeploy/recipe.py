@@ -11,7 +11,10 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from bipdeploy.comparison import CompareSection
 from bipdeploy.recipe_base import Section, Share, TextSection
+from bipdeploy.recipe_bench import BenchSection
 from bipdeploy.recipe_lora import LoraSection
+from bipdeploy.recipe_sweep import SweepSection
+from bipdeploy.recipe_target import ShapeSection, TargetSection
 
 
 class ModelSection(Section):
@@ -26,6 +29,8 @@ class ModelSection(Section):
         "auto", description="`auto` takes a CUDA GPU where there is one.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that the checkpoint ships. Off unless you say so.")
+    shape: ShapeSection | None = Field(
+        None, description="The model's sizes, for a plan without network.")
 
 
 class HardwareSection(Section):
@@ -34,6 +39,15 @@ class HardwareSection(Section):
     tensor_parallel: PositiveInt = Field(
         1, description="GPUs that vLLM splits every layer over. Widths are chosen so that heads "
         "and FFN channels divide by it.")
+    gpu: str | None = Field(None, description="A GPU in bipdeploy/gpus.py, such as H100: what "
+                            "`bipdeploy plan` estimates times for. No stage depends on it.")
+
+    @field_validator("gpu")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        from bipdeploy.gpus import find
+
+        return name and find(name).name
 
 
 class CalibrationSection(TextSection):
@@ -99,8 +113,11 @@ class DepthSection(Section):
 class PruneSection(Section):
     """How much is removed, and where."""
 
-    ratio: Share = Field(description="Share of the parameters of all blocks that is removed "
-                         "(protected blocks count in the total, embeddings do not).")
+    ratio: Share | None = Field(
+        None, description="Share of the parameters of all blocks that is removed (protected blocks "
+        "count in the total, embeddings do not). Either this or `target`.")
+    target: TargetSection | None = Field(
+        None, description="Another budget instead: FLOPs, bytes, or measured speed.")
     layers: Literal["uniform", "global", "adaptive", "searched"] = Field(
         "uniform", description="`uniform`: every unprotected block gets the same widths, and "
         "without protected blocks the result is a stock checkpoint. `global`: heads of all blocks "
@@ -118,6 +135,27 @@ class PruneSection(Section):
         "tiny models.")
     heads: bool = Field(True, description="Prune attention heads.")
     ffn: bool = Field(True, description="Prune FFN channels.")
+
+    @property
+    def wanted(self) -> str:
+        """What is asked for, in words."""
+        return str(self.target or TargetSection(parameters=self.ratio))
+
+    @property
+    def share(self) -> float | None:
+        """The share of block parameters to remove, where that is what is asked for."""
+        return self.target.parameters if self.target and self.ratio is None else self.ratio
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneSection:
+        if (self.ratio is None) == (self.target is None):
+            raise ValueError("give ratio or target" if self.ratio is None else
+                             "ratio and target are both given; keep one (--set prune.ratio=null "
+                             "takes the other away)")
+        if self.target and not (self.heads or self.ffn):
+            raise ValueError("target is met by widths, and heads and ffn are both false; give "
+                             "ratio, or set one of them to true")
+        return self
 
     @model_validator(mode="after")
     def _one_search(self) -> PruneSection:
@@ -258,68 +296,6 @@ class EvaluateSection(Section):
     zero_shot: ZeroShotSection = Field(default_factory=ZeroShotSection)
 
 
-class TorchBench(Section):
-    """Latency and throughput in PyTorch, dense and pruned interleaved."""
-
-    enabled: bool = Field(True, description="Measure it.")
-    batch: PositiveInt = Field(1, description="Sequences at once.")
-    prompt_tokens: PositiveInt = Field(128, description="Tokens of the prompt (prefill).")
-    new_tokens: int = Field(32, ge=2, description="Tokens generated after it (decode).")
-    repeats: int = Field(10, ge=3, description="Timed rounds; each runs dense and pruned once.")
-    warmup: int = Field(2, ge=0, description="Rounds before timing starts.")
-    memory: bool = Field(True, description="Measure peak memory, each model in its own process.")
-
-
-class OnnxBench(Section):
-    """Latency in ONNX Runtime of what `export.onnx` wrote, dense and PyTorch beside it."""
-
-    enabled: bool = Field(False, description="Measure it.")
-    batch: PositiveInt = Field(1, description="Sequences at once.")
-    prompt_tokens: PositiveInt = Field(128, description="Tokens of the prompt (prefill).")
-    new_tokens: int = Field(32, ge=2, description="Tokens generated after it (decode).")
-    repeats: int = Field(10, ge=3, description="Timed rounds; each runs every model once.")
-    warmup: int = Field(2, ge=0, description="Rounds before timing starts.")
-
-
-class VllmBench(Section):
-    """Throughput and latency in vLLM, by its own benchmark tools, dense beside pruned."""
-
-    enabled: bool = Field(False, description="Measure it.")
-    prompt_tokens: PositiveInt = Field(128, description="Tokens of each prompt.")
-    new_tokens: int = Field(64, ge=2, description="Tokens generated for each prompt.")
-    requests: PositiveInt = Field(64, description="Requests in one measurement.")
-    concurrency: list[PositiveInt] = Field(
-        [1, 8], description="Numbers of requests in flight at which the server is measured.")
-    request_rates: list[Annotated[float, Field(gt=0)]] = Field(
-        [], description="Requests per second (Poisson) at which the server is measured.")
-    rounds: int = Field(3, ge=2, description="Measurements of each point of each server. Both "
-                        "servers are up at once and take turns.")
-    offline_rounds: int = Field(2, ge=2, description="Runs of the throughput and the latency tool "
-                                "for each model, in turns. Every run starts an engine.")
-    latency_batch: PositiveInt = Field(8, description="Sequences at once in the latency tool.")
-    eager: Literal["auto"] | bool = Field(
-        "auto", description="Neither torch.compile nor CUDA graphs. `auto`: only on a CPU, where "
-        "compiling takes minutes.")
-    gpu_memory: Share = Field(0.42, description="Share of the GPU's memory that each of the two "
-                              "servers takes.")
-    cpu_cache_gib: PositiveInt = Field(1, description="KV cache of each server on a CPU, GiB.")
-
-    @model_validator(mode="after")
-    def _some_load(self) -> VllmBench:
-        if not (self.concurrency or self.request_rates):
-            raise ValueError("concurrency and request_rates are both empty; give one of them a "
-                             "value")
-        return self
-
-
-class BenchSection(Section):
-    """How fast the pruned model is, beside the dense one in the same run."""
-
-    torch: TorchBench = Field(default_factory=TorchBench)
-    vllm: VllmBench = Field(default_factory=VllmBench)
-    onnx: OnnxBench = Field(default_factory=OnnxBench)
-
-
 class Bounds(Section):
     """What a figure must satisfy."""
 
@@ -353,6 +329,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)
     compare: CompareSection = Field(default_factory=CompareSection)
+    sweep: SweepSection = Field(default_factory=SweepSection)
     gates: dict[str, Bounds] = Field(
         default_factory=dict, description="Figure name → bounds. Exit code 3 where one is not met.")
 

@@ -121,7 +121,7 @@ def _explain(detail: Any, lines: dict[Location, int]) -> list[str]:
     kind, name = detail["type"], _dotted(at)
     prefix = f"line {lines[at]}: " if at in lines else ""
     if kind == "extra_forbidden":
-        return [f"{prefix}{name}: unknown field{did_you_mean(str(at[-1]), _fields(at[:-1]))}"]
+        return [f"{prefix}{name}: unknown field{did_you_mean(str(at[-1]), fields(at[:-1]))}"]
     if kind == "missing":
         parent = f"line {lines[at[:-1]]}: " if at[:-1] in lines else ""
         return [f"{parent}{name}: required, and missing"]
@@ -130,7 +130,7 @@ def _explain(detail: Any, lines: dict[Location, int]) -> list[str]:
         return [_with_line(line, lines) if line.startswith("gates.")
                 else f"{prefix}{name + ': ' if name else ''}{line}" for line in message.split("\n")]
     if kind == "model_type":
-        message = f"this is a section, with the fields {', '.join(_fields(at))}"
+        message = f"this is a section, with the fields {', '.join(fields(at))}"
     return [f"{prefix}{name}: {_shown(detail['input'])} is not accepted: {message[0].lower()}"
             f"{message[1:]}"]
 
@@ -141,7 +141,7 @@ def _with_line(line: str, lines: dict[Location, int]) -> str:
     return f"line {lines[at]}: {line}" if at in lines else line
 
 
-def _fields(at: Location) -> list[str]:
+def fields(at: Location) -> list[str]:
     """The field names of the section at a location."""
     section: Any = Recipe
     for part in ("gates",) if at[:1] == ("gates",) else at:

@@ -1,4 +1,4 @@
-"""Searched allocation: widths that change the model's output least for a budget of parameters.
+"""Searched allocation: widths that change the model's output least for a budget.
 
 Two steps. `measure` prunes one part of one block at a time (its heads, or its FFN), to a few
 widths, lets the result run through the rest of the dense model, and takes the mean Kullback-Leibler
@@ -22,6 +22,7 @@ from bipdeploy.activations import Batches, Keep, replace
 from bipdeploy.allocation import BlockScores
 from bipdeploy.allocation import keep as best
 from bipdeploy.blocks import BlockWalker
+from bipdeploy.cost import Cost, parameters
 from bipdeploy.families import Architecture, BlockWidths
 from bipdeploy.refit import RidgeProblem
 from bipdeploy.slicing import expand
@@ -137,18 +138,21 @@ def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def solve(arch: Architecture, curves: Sequence[Curve],
-          choices: Callable[[int, str], Sequence[int]], budget: float) -> list[BlockWidths]:
-    """Widths of every block: the least sum of divergences that keeps at most `budget` parameters.
+          choices: Callable[[int, str], Sequence[int]], budget: float,
+          cost: Cost | None = None) -> list[BlockWidths]:
+    """Widths of every block: the least sum of divergences that costs at most `budget`.
 
     `choices(block, part)` are the widths that a part may take; parts without a curve stay dense.
-    Parameters are counted on a grid of the budget's 8192nd parts, which they are rounded to.
+    `cost`: what widths cost, in the budget's unit; parameters of the blocks by default. Costs are
+    counted on a grid of the budget's 8192nd parts, which they are rounded to.
     """
-    fixed = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+    cost = cost or parameters(arch)
+    fixed = cost.whole(arch.blocks)
     tables = []
     for curve in curves:
         widths = list(choices(curve.block, curve.part))
-        sizes = [_parameters(arch, curve, width) for width in widths]
-        fixed -= _parameters(arch, curve, _dense(arch, curve))
+        sizes = [cost.part(curve.block, curve.part, width) for width in widths]
+        fixed -= cost.part(curve.block, curve.part, _dense(arch, curve))
         tables.append((widths, sizes, [curve.at(width) for width in widths]))
     room = budget - fixed
     if room < sum(min(sizes) for _, sizes, _ in tables):
@@ -158,10 +162,10 @@ def solve(arch: Architecture, curves: Sequence[Curve],
     taken = []
     for widths, sizes, costs in tables:
         totals = torch.full((len(widths), GRID + 1), torch.inf, dtype=torch.float64)
-        for row, (size, cost) in enumerate(zip(sizes, costs, strict=True)):
+        for row, (size, lost) in enumerate(zip(sizes, costs, strict=True)):
             steps = round(size / unit)
             if steps <= GRID:
-                totals[row, steps:] = best[:GRID + 1 - steps] + cost
+                totals[row, steps:] = best[:GRID + 1 - steps] + lost
         best, picked = totals.min(0)
         taken.append(picked)
     if not torch.isfinite(best[GRID]):  # by rounding alone: the smallest widths just fit
@@ -197,11 +201,18 @@ def _dense(arch: Architecture, curve: Curve) -> int:
     return block.kv_heads if curve.part == "heads" else block.intermediate
 
 
-def _parameters(arch: Architecture, curve: Curve, width: int) -> int:
-    """Parameters of one part of a block at a width; 0 where it is removed."""
-    group = arch.blocks[curve.block].group
-    return arch.block_parameters(curve.block, BlockWidths(width * group, width, 0)
-                                 if curve.part == "heads" else BlockWidths(0, 0, width))
+def solve_within(arch: Architecture, curves: Sequence[Curve],
+                 choices: Callable[[int, str], Sequence[int]], budget: float, cost: Cost
+                 ) -> list[BlockWidths]:
+    """As `solve`, with the budget met whatever the grid rounds away."""
+    asked = budget
+    for _ in range(len(curves)):
+        widths = solve(arch, curves, choices, asked, cost)
+        over = cost.whole(widths) - budget
+        if over <= 0:
+            return widths
+        asked -= over
+    return _widths(arch, curves, [min(choices(c.block, c.part)) for c in curves])
 
 
 def spaced(choices: Sequence[int], count: int) -> list[int]:

@@ -16,12 +16,13 @@ def slice_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: 
 
     A KV group leaves with its query heads: rows of q, k and v (and their biases), columns of o.
     A channel leaves as a row of gate and up and a column of down. Where nothing of a part is
-    kept, all its tensors go. Names and types are unchanged.
+    kept, all its tensors go. Names, types and the device are unchanged.
     """
     family, widths = arch.family, arch.blocks[block]
-    kv_rows = expand(kept.groups, arch.head_dim)
-    query_rows = expand(kept.groups, arch.head_dim * widths.group)
-    channels = torch.tensor(kept.channels, dtype=torch.long)
+    device = next(iter(tensors.values())).device if tensors else None
+    kv_rows = expand(kept.groups, arch.head_dim).to(device)
+    query_rows = expand(kept.groups, arch.head_dim * widths.group).to(device)
+    channels = torch.tensor(kept.channels, dtype=torch.long, device=device)
     sliced = {}
     for name, tensor in tensors.items():
         if _removed(name, kept):

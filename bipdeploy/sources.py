@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import InputError, did_you_mean
+from bipdeploy.recipe import ModelSection
 
 BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 BUILTIN_MODELS = ("pico",)
@@ -38,11 +40,31 @@ def model_folder(model: str, revision: str | None = None, *, code: bool = False,
         return next((p for p in places if (p / "config.json").exists()), path)
     if path.exists():
         raise InputError(f"model.id: {model!r} is a file; give the folder that holds config.json")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise InputError(f"model.id: there is no folder {model!r}; give a model folder, a hub id "
                          "such as org/name, or builtin:pico")
     patterns = [*_DOWNLOADED, "*.py"] if code else _DOWNLOADED
     return _download(model, revision, patterns if weights else ["config.json"])
+
+
+def config_of(section: ModelSection) -> tuple[dict[str, Any], Path | None]:
+    """A model's config and folder, without its weights.
+
+    Where the hub does not give the config, the recipe's `model.shape` stands in for it, and there
+    is no folder. Raises InputError where there is no shape either.
+    """
+    try:
+        folder = model_folder(section.id, section.revision, weights=False)
+    except InputError:
+        if section.shape is None or not is_hub_id(section.id):
+            raise
+        return section.shape.config, None
+    return read_config(folder), folder
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model is neither built in nor a path."""
+    return not model.startswith(("builtin:", ".", "/", "~")) and model.count("/") == 1
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

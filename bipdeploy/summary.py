@@ -22,14 +22,16 @@ class Row(NamedTuple):
     spread: str
 
 
-def _count(value: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+def as_count(value: float) -> str:
+    """`2.02 M`."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
     return f"{value:.0f}"
 
 
-def _bytes(value: float) -> str:
+def as_bytes(value: float) -> str:
+    """`3.85 MiB`."""
     for limit, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
@@ -46,14 +48,14 @@ def _rate(value: float) -> str:
 
 # Figure → label and format. Rows appear where the figure was measured.
 _ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "parameters": ("Parameters", _count),
-    "block_parameters": ("  of which in blocks", _count),
-    "weights_bytes": ("Weights, 16 bit", _bytes),
-    "kv_bytes_per_token": ("KV cache/token, 16 bit", _bytes),
+    "parameters": ("Parameters", as_count),
+    "block_parameters": ("  of which in blocks", as_count),
+    "weights_bytes": ("Weights, 16 bit", as_bytes),
+    "kv_bytes_per_token": ("KV cache/token, 16 bit", as_bytes),
     "prefill": ("Prefill", _ms),
     "ttft": ("Time to first token", _ms),
     "decode": ("Decode", _rate),
-    "memory": ("Peak memory", _bytes),
+    "memory": ("Peak memory", as_bytes),
 }
 
 
@@ -122,7 +124,7 @@ def _onnx(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float]
     for prefix in sorted({f.rpartition(".bytes.")[0] for f in figures
                           if f.startswith("onnx.") and ".bytes." in f}):
         title = "ONNX" + prefix.removeprefix("onnx").replace(".", " ")
-        found |= {f"{prefix}.bytes": (f"{title}: weights", _bytes),
+        found |= {f"{prefix}.bytes": (f"{title}: weights", as_bytes),
                   f"{prefix}.perplexity": (f"{title}: perplexity", "{:.2f}".format),
                   f"{prefix}.prefill": (f"{title}: prefill", _ms),
                   f"{prefix}.decode": (f"{title}: decode", _rate)}
@@ -146,7 +148,7 @@ def _vllm(figures: Mapping[str, float], *, whole: bool = False
             found[name] = (f"{title}: {measure.upper()} p{name.rsplit('.p', 1)[1]}", _ms)
     return {"vllm.throughput": ("vLLM, offline throughput", _rate),
             "vllm.latency": ("vLLM, latency of a batch", _ms), **found,
-            "vllm.kv_tokens": ("vLLM, KV cache, tokens", _count),
+            "vllm.kv_tokens": ("vLLM, KV cache, tokens", as_count),
             **({"vllm.startup": ("vLLM, start (once each)", "{:.1f} s".format)} if whole else {})}
 
 

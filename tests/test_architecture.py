@@ -16,22 +16,23 @@ MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").par
 # dot stands for every module of that package.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_base", "recipe_lora", "comparison", "recipe_file", "artifacts", "figures",
-     "console", "stages.job", "tasks"),
+    ("recipe", "recipe_base", "recipe_bench", "recipe_lora", "recipe_sweep", "recipe_target",
+     "comparison", "recipe_file", "gpus", "artifacts", "figures", "console", "stages.job", "tasks"),
     ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
      "activations", "blocks", "modeling", "modeling."),
-    ("criteria.", "divisibility", "depth", "allocation", "search", "slicing", "refit",
-     "elimination", "reselection", "exporters", "exporters.", "ort", "ort.", "evaluation",
-     "evaluation.", "measuring", "measuring.", "tuning", "tuning.", "serving", "serving.",
-     "templates"),
+    ("criteria.", "divisibility", "depth", "allocation", "cost", "latency", "targets", "footprint",
+     "search", "slicing", "refit", "elimination", "reselection", "exporters", "exporters.", "ort",
+     "ort.", "evaluation", "evaluation.", "measuring", "measuring.", "tuning", "tuning.",
+     "serving", "serving.", "templates"),
     ("stages", "stages.", "summary"),
-    ("pipeline", "plan", "generation"),
+    ("preflight", "pipeline", "plan", "generation"),
     ("comparing", "comparing."),
-    ("api", "screens", "cli", ""),
+    ("sweeping", "sweeping."),
+    ("api", "screens", "options", "cli", ""),
 ]
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
-         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft"}
+         "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft", "ray"}
 LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "recipe_file",
          "pipeline", "plan", "artifacts", "sources", "figures", "summary", "screens", "families",
          "divisibility", "depth", "allocation", "calibration", "tensor_file", "checkpoint",
@@ -40,7 +41,10 @@ LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "re
          "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
          "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation",
          "comparison", "comparing", "comparing.cells", "comparing.command", "comparing.records",
-         "comparing.results", "comparing.plot")
+         "comparing.results", "comparing.plot", "recipe_bench", "recipe_target", "gpus", "cost",
+         "latency", "targets", "footprint", "measuring.cpu_peak", "preflight", "recipe_sweep",
+         "options", "sweeping", "sweeping.command", "sweeping.trials", "sweeping.running",
+         "sweeping.sharing", "sweeping.results", "sweeping.plot")
 
 
 def layer(module: str) -> int:

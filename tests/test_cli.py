@@ -142,7 +142,7 @@ def test_check_reports_all_faults_of_all_recipes(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [(), ("run",), ("ruin", SMOKE), ("run", SMOKE, "--fource"),
-                                       ("prune", "builtin:pico", "s", "--out", "o")])
+                                       ("prune", "builtin:pico", "s", "--ratio", "0.3")])
 def test_a_wrong_command_line_exits_with_2(arguments):
     done = bipdeploy(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -266,6 +266,14 @@ def test_what_is_recorded_is_reused_and_a_changed_recipe_is_not(compared):
     assert len(api.compare(less, found.folder).data["summary"]) == 12
 
 
+def test_a_record_of_what_the_model_does_not_allow_is_left_out(tmp_path):
+    wanted = cells.plan(recipe("builtin:pico", tmp_path))
+    held = [{"seed": c.seed, "method": str(c.method), "ratio": c.ratio, "repair": c.repair,
+             "key": cells.key(wanted, c)} for c in wanted.cells]
+    old = {**held[0], "method": "flap@depth:blocks", "ratio": 0.01}  # a block is more than that
+    assert cells.current(wanted, [old, *held]) == held
+
+
 def test_a_method_that_misses_the_budget_is_not_run_and_says_why(tiny, tmp_path):
     found = api.compare(recipe(tiny, tmp_path, {"repairs": ["none"], "ratios": [0.2]},
                                ["prune.ffn=false"]), tmp_path / "out")

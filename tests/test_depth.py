@@ -10,12 +10,13 @@ import torch
 
 from bipdeploy import api, artifacts, pipeline, plan, recipe_file
 from bipdeploy.allocation import BlockScores, Kept, allocate, uniform_widths
-from bipdeploy.checkpoint import Checkpoint
+from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.criteria import CRITERIA
 from bipdeploy.depth import Influence, dropped
 from bipdeploy.divisibility import faults
 from bipdeploy.errors import InputError, RecipeError
 from bipdeploy.families import Architecture, BlockWidths
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import PruneSection
 from bipdeploy.stages.score import read_influence, score_blocks
 from tests.sliced import (
@@ -250,7 +251,7 @@ def test_a_plan_says_that_what_is_dropped_depends_on_scores(tmp_path):
 def test_preflight_refuses_depth_that_cannot_be(tmp_path):
     model = tiny_model(tmp_path / "model")
     with pytest.raises(InputError, match=r"prune\.depth"):
-        pipeline.preflight(asked_of(model, "prune.depth.blocks=2"), model)
+        preflight(asked_of(model, "prune.depth.blocks=2"), read_config(model))
 
 
 def test_equal_scores_drop_the_first(tiny):

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from peft import PeftModel
 
 from bipdeploy import api, artifacts
 from bipdeploy.console import Silent
+from bipdeploy.data.text import Text
 from bipdeploy.errors import InputError
+from bipdeploy.recipe import Recipe
+from bipdeploy.stages.evaluate import check_overlap
 from bipdeploy.tuning import launch
 from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, leftovers, refused
 from tests.sliced import loaded, logits, results, token_windows
@@ -125,6 +129,11 @@ def test_windows_beyond_the_model_s_maximum_are_refused_before_the_first_stage()
     refused(bipdeploy_here("check", SMOKE, *arguments), 2, "lora.tokens", "512", "256")
 
 
+def test_instructions_from_running_text_are_refused_before_the_first_stage():
+    arguments = [part for s in [*SHORT, "lora.format=alpaca"] for part in ("--set", s)]
+    refused(bipdeploy_here("check", SMOKE, *arguments), 2, "lora.data", "no columns")
+
+
 @pytest.mark.parametrize(("content", "settings", "words"), [
     ("A few words.", ["lora.data=T.txt"], ["lora.data", "0 windows", "4 + 4"]),
     ("A few words. " * 100, ["lora.data=T.txt", "lora.packing=false"], ["1 windows", "4 + 4"]),
@@ -214,6 +223,27 @@ def test_two_processes_train_what_one_does(tmp_path, sliced):
 
 
 @pytest.mark.slow
+def test_an_interrupted_training_leaves_no_process_behind(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, time\n"
+                      f"print('{launch.MARK}' + '{{\"call\": \"note\", \"arguments\": [\"%d\"]}}'"
+                      " % os.getpid(), flush=True)\n"
+                      "time.sleep(300)\n")
+    started = []
+
+    class Interrupted(Silent):
+        def note(self, text: str) -> None:
+            started.append(int(text))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch._run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     "--nproc-per-node=1", str(worker)], tmp_path / "log", Interrupted())
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], 0)
+
+
+@pytest.mark.slow
 def test_what_a_process_raises_is_raised_here(tmp_path, sliced):
     with pytest.raises(InputError, match=r"lora\.target_modules"):
         api.lora("builtin:pico", no_attention(sliced, tmp_path / "model"), tmp_path / "out",
@@ -227,3 +257,17 @@ def no_attention(source: Path, folder: Path) -> Path:
     arch = architecture_of(source)
     return write_sliced(source, folder, draw_kept(
         arch, [(0, widths.intermediate) for widths in arch.blocks]))
+
+
+def test_training_on_the_test_text_is_said(tiny, tmp_path):
+    text = tmp_path / "all.txt"
+    text.write_text("a text of some words that is trained on and then tested on. " * 200)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "", "input": "", "output": text.read_text()}))
+    for data, form in ((text, "text"), (rows, "alpaca")):
+        recipe = Recipe.model_validate({
+            "name": "x", "model": {"id": str(tiny)}, "prune": {"ratio": 0.3},
+            "lora": {"enabled": True, "data": str(data), "format": form},
+            "evaluate": {"perplexity": {"data": str(text)}}})
+        found = check_overlap(recipe, Text(str(text), "test", (text.read_text(),)))
+        assert found["lora"] > 0.99 and found["calibration"] < 0.01

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from bipdeploy import api, artifacts, plan, recipe_file
+from bipdeploy import api, artifacts, pipeline, plan, recipe_file
 from bipdeploy.allocation import global_widths, possible_widths
 from bipdeploy.divisibility import faults, group_faults
-from bipdeploy.families import BlockWidths
+from bipdeploy.families import BlockWidths, architecture
+from bipdeploy.gpus import GPUS
+from bipdeploy.pipeline import STAGES
 from bipdeploy.recipe import Recipe
-from tests.running import SMOKE, bipdeploy, bipdeploy_here, message, python
+from tests.running import RECIPES, SMOKE, bipdeploy, bipdeploy_here, message, python, refused
 from tests.test_allocation import ARCHITECTURES, PARALLEL, draw_scores, section
 from tests.tiny import PICO
 
@@ -117,7 +119,9 @@ def test_global_widths_are_certain_to_divide_by_the_recipe_s_tensor_parallel(tmp
     assert verdicts(shown) == {
         "tensor parallel 2": True, "tensor parallel 4": True, "tensor parallel 8": None,
         "quantisation groups of 64, tensor parallel 4": None,
-        "quantisation groups of 128, tensor parallel 4": None}
+        "tensor-core multiples of 64, tensor parallel 4": None,
+        "quantisation groups of 128, tensor parallel 4": None,
+        "tensor-core multiples of 128, tensor parallel 4": None}
 
 
 def test_what_no_width_can_mend_is_known_before_scoring(tmp_path):
@@ -186,10 +190,15 @@ def test_the_recipe_s_own_tensor_parallel_is_judged_too(tmp_path):
 def test_the_screen_shows_sizes_widths_and_verdicts(tmp_path):
     done = plan_here(tmp_path, "hardware.tensor_parallel=2", "prune.protect.last=2")
     assert (done.returncode, done.stderr) == (0, "")
-    table, widths, lines = done.stdout.strip("\n").split("\n\n")
+    table, widths, lines, speeds, stages, last = done.stdout.strip("\n").split("\n\n")
     assert table.splitlines()[0].split() == ["dense", "pruned", "pruned", "/", "dense"]
-    for label in ("Parameters", "of which in blocks", "Weights, 16 bit", "KV cache/token, 16 bit"):
+    for label in ("Parameters", "of which in blocks", "Weights, 16 bit", "KV cache/token, 16 bit",
+                  "On disk", "KV cache, 1 x 36 tokens", "FLOPs/token, prefill",
+                  "FLOPs/token, decode"):
         assert label in table
+    assert speeds.startswith("expected speed-up: ") and "roofline" not in speeds
+    assert [line.split()[0] for line in stages.splitlines()[1:]] == list(STAGES)
+    assert "this CPU" in last and last.splitlines()[-1].startswith("disk ")
     dense, first, last = widths.splitlines()
     assert dense == "dense    blocks 0-6: 4 heads, 4 KV heads, 384 channels"
     assert first.startswith("pruned   blocks 0-4: 2 heads, 2 KV heads, ")
@@ -231,6 +240,76 @@ def test_a_plan_loads_no_torch(pruned_globally, layers):
     shown, loaded = done.stdout.splitlines()
     assert json.loads(shown)["known"] == {"uniform": "exact", "global": "run"}[layers]
     assert loaded == "[]"
+
+
+# Costs
+
+def test_costs_are_counted_by_hand_on_a_llama(tmp_path):
+    shown = plan.make(recipe_file.load(RECIPES / "llama7b-30.yaml", [
+        "evaluate.zero_shot.enabled=false", "hardware.gpu=h200"]), tmp_path)
+    body = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
+    dense = {name: values["dense"] for name, values in shown.costs.items()}
+    assert dense["disk_bytes"] == 2 * (body + 2 * 32000 * 4096 + (2 * 32 + 1) * 4096)
+    assert dense["kv_bytes_per_token"] == 2 * 2 * 32 * 4096
+    assert dense["kv_cache_bytes"] == 256 * dense["kv_bytes_per_token"]
+    assert dense["decode_flops_per_token"] == 2 * (body + 32000 * 4096) + 32 * 4 * 256 * 4096
+    assert dense["prefill_flops_per_token"] == (
+        2 * body + 32 * 4 * 128 * 4096 + 2 * 32000 * 4096 / 128)
+    read = dense["disk_bytes"] - 2 * 32000 * 4096 + dense["kv_cache_bytes"]
+    assert dense["decode_bytes_read"] == read
+    bound = shown.roofline["decode"]
+    assert bound["dense"] == pytest.approx(read / 4.8e12, rel=0.01)
+    assert bound["dense"] / bound["pruned"] == pytest.approx(shown.speedups["memory_bound"], 0.01)
+    assert shown.gpu == GPUS["H200"] and shown.machine["flops"] == 989e12
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned_without_network(tmp_path, path):
+    recipe = recipe_file.load(path, ["evaluate.zero_shot.enabled=false"])
+    shown = plan.make(recipe, tmp_path)
+    assert shown.source == ("config" if recipe.model.id == "builtin:pico" else "shape")
+    left = shown.figures["block_parameters.ratio"]
+    assert left == pytest.approx(1 - recipe.prune.ratio, abs=0.02)
+    assert shown.stages.keys() == STAGES.keys()
+
+
+def test_a_shape_stands_in_only_where_there_is_no_config(tmp_path, monkeypatch):
+    path = RECIPES / "smollm-135m.yaml"
+    shown = bipdeploy_here("plan", path, "--runs", tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "the sizes are those of model.shape" in shown.stdout
+    shape = recipe_file.load(path).model.shape
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    (folder / "config.json").write_text(json.dumps(shape.config))
+    assert plan.make(recipe_file.load(path), tmp_path).source == "config"
+    (folder / "config.json").write_text(json.dumps({**shape.config, "intermediate_size": 1600}))
+    refused(bipdeploy_here("plan", path, "--runs", tmp_path), 2,
+            "model.shape.intermediate: 1536 is not what the model's config.json says, 1600")
+    refused(bipdeploy_here("run", path, "--runs", tmp_path), 2, "model.shape.intermediate: 1536")
+
+
+def test_no_stage_depends_on_what_only_a_plan_reads():
+    plain = recipe_file.load(SMOKE)
+    more = recipe_file.load(SMOKE, ["hardware.gpu=H100", "model.shape={model_type: llama, hidden: "
+                                    "128, intermediate: 384, blocks: 7, heads: 4, kv_heads: 4, "
+                                    "head_dim: 32, vocabulary: 4096, tied: true, max_positions: "
+                                    "256, dtype: bfloat16}"])
+    assert architecture(more.model.shape.config) == architecture(
+        json.loads((PICO / "config.json").read_text()))
+    first, second = (pipeline.stage_keys(recipe, PICO) for recipe in (plain, more))
+    assert {n for n in first if first[n] != second[n]} <= {"report"}
+
+
+def test_a_gpu_is_known_by_name_and_others_are_one_line(tmp_path):
+    shown = bipdeploy_here("plan", SMOKE, "--runs", tmp_path, "--gpu", "rtx4090").stdout
+    assert "decode on RTX 4090, at least (roofline): " in shown
+    refused(bipdeploy_here("plan", SMOKE, "--gpu", "H10"), 2, "--gpu: no GPU is called 'H10'",
+            "did you mean 'H100'?")
+    done = bipdeploy_here("plan", SMOKE, "--set", "hardware.gpu=L40")
+    assert done.returncode == 2
+    assert message(done)[-1] == ("  hardware.gpu: no GPU is called 'L40' (did you mean 'L40S'?)")
 
 
 # Bad input

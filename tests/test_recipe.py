@@ -143,8 +143,13 @@ def test_a_missing_section_is_named(section):
 
 
 def test_a_missing_field_is_named_with_the_line_of_its_section():
+    assert faults("name: x\nmodel:\n  dtype: auto\nprune: {ratio: 0.3}\n") == [
+        "line 2: model.id: required, and missing"]
+
+
+def test_a_recipe_says_how_much_is_removed_once():
     assert faults("name: x\nmodel: {id: y}\nprune:\n  round_to: 8\n") == [
-        "line 3: prune.ratio: required, and missing"]
+        "line 3: prune: give ratio or target"]
 
 
 @pytest.mark.parametrize("ratio", ["0", "1", "-1", "1.5", ".nan", ".inf", "half"])

@@ -16,6 +16,7 @@ from bipdeploy.data import text
 from bipdeploy.depth import unprotected
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture
+from bipdeploy.preflight import preflight
 from bipdeploy.recipe import PruneSection, Recipe, RecoverSection
 
 # Of each part what is left of a block without it, as a factor of the dense widths.
@@ -79,7 +80,7 @@ def _require_possible(recipe: Recipe, dense: Path, arch: Architecture,
     faults: dict[str, None] = {}
     for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
         try:
-            pipeline.preflight(recipe_of(recipe, arch, at), dense)
+            preflight(recipe_of(recipe, arch, at), read_config(dense))
         except InputError as error:
             faults[str(error)] = None
     if faults:
@@ -90,7 +91,7 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     """The recipe that makes one cell. Raises InputError where it is not a valid one."""
     data = recipe.model_dump(mode="json")
     own, part = cell.method, cell.method.depth
-    prune = {**data["prune"], "ratio": cell.ratio, "depth": {},
+    prune = {**data["prune"], "ratio": cell.ratio, "target": None, "depth": {},
              "layers": "uniform" if part else own.layers}
     if part:
         prune["depth"] = {part: dropped(arch, recipe.prune, part, cell.ratio)}
@@ -139,9 +140,9 @@ def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
 
 
 def dense_key(wanted: Plan) -> str:
-    """A digest of all that the dense model's figures depend on."""
-    return artifacts.digest({**wanted.context, "calibration": None, **_sections(
-        wanted.recipe, ("model", "evaluate"))})
+    """A digest of all that the dense model's figures, and the texts' overlaps, depend on."""
+    return artifacts.digest({**wanted.context, **_sections(
+        wanted.recipe, ("model", "evaluate", "calibration", "lora"))})
 
 
 def key(wanted: Plan, cell: Cell) -> str:
@@ -149,10 +150,10 @@ def key(wanted: Plan, cell: Cell) -> str:
     own = recipe_of(wanted.recipe, wanted.arch, cell)
     found = {**wanted.context, **_sections(own, ("model", "hardware", "calibration", "score",
                                                  "evaluate", "seed", *REPAIRS[cell.repair]))}
-    found["sections"]["recover"] = _used(own.recover)
+    found["sections"]["recover"] = used(own.recover)
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
-        found["searched"] = [own.prune.search.model_dump(), _used(wanted.recipe.recover)]
+        found["searched"] = [own.prune.search.model_dump(), used(wanted.recipe.recover)]
     if own.lora.enabled:
         found["libraries"] = found["libraries"] | {
             name: artifacts.version_of(name) for name in pipeline.STAGES["lora"].libraries}
@@ -160,7 +161,7 @@ def key(wanted: Plan, cell: Cell) -> str:
     return artifacts.digest(found)
 
 
-def _used(section: RecoverSection) -> dict[str, Any]:
+def used(section: RecoverSection) -> dict[str, Any]:
     """The fields of `recover` that its method reads."""
     return section.model_dump(exclude=set() if section.method == "refit" else {"refit"})
 
@@ -177,12 +178,20 @@ def current(wanted: Plan, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     found: dict[Cell, dict[str, Any]] = {}
     for record in records:
         cell = cell_of(record)
-        if cell is not None and record["key"] == key(wanted, cell):
+        if cell is not None and record["key"] == _key_now(wanted, cell):
             found[cell] = record
     methods = {m: n for n, m in enumerate(dict.fromkeys(
         [c.method for c in wanted.cells] + [c.method for c in found]))}
     return [found[cell] for cell in sorted(found, key=lambda c: (
         methods[c.method], c.ratio, list(REPAIRS).index(c.repair), c.seed))]
+
+
+def _key_now(wanted: Plan, cell: Cell) -> str | None:
+    """The cell's key; None where this recipe and model cannot have such a cell."""
+    try:
+        return key(wanted, cell)
+    except InputError:
+        return None
 
 
 def cell_of(record: Mapping[str, Any]) -> Cell | None:

@@ -8,8 +8,8 @@ from typing import Any
 from bipdeploy.comparing.results import Records, log_axis, ratios_in, repairs_in
 
 # Told apart by shape and by colour (Okabe and Ito's palette).
-_MARKS = ("o", "s", "D", "^", "v", "P")
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#D55E00")
+MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#F0E442", "#000000")
 
 
 def draw(summary: Records, dense: float) -> bytes:
@@ -47,8 +47,8 @@ def _marks(panel: Any, entries: Records, methods: list[str], repair: str, number
     offset = 0.5 * ((number + 0.5) / repairs - 0.5)
     panel.errorbar([s["perplexity"] for s in entries],
                    [methods.index(s["method"]) + offset for s in entries],
-                   xerr=[s["spread"] for s in entries], fmt=_MARKS[number % len(_MARKS)],
-                   color=_COLOURS[number % len(_COLOURS)], markersize=5, capsize=2,
+                   xerr=[s["spread"] for s in entries], fmt=MARKS[number % len(MARKS)],
+                   color=COLOURS[number % len(COLOURS)], markersize=5, capsize=2,
                    elinewidth=1, label=repair)
 
 

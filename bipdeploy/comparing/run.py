@@ -51,7 +51,10 @@ class Meter:
     """Measures models on the same texts and tasks; each text is read and tokenised once."""
 
     def __init__(self, wanted: Plan, out: Path, reporter: Reporter):
-        self.recipe, self.dense, self._out = wanted.recipe, wanted.dense, out
+        tuned = any("lora" in REPAIRS[cell.repair] for cell in wanted.cells)
+        self.recipe = wanted.recipe.model_copy(update={
+            "lora": wanted.recipe.lora.model_copy(update={"enabled": tuned})})
+        self.dense, self._out = wanted.dense, out
         self._key, self._reporter = dense_key(wanted), reporter
         self._section = self.recipe.evaluate.perplexity
         self._lengths = {str(w): window_tokens(w, wanted.arch.max_positions)
@@ -66,13 +69,14 @@ class Meter:
         for data in dict.fromkeys((self._section.data, *self.recipe.compare.data)):
             source = text.read(data, test_split(self.recipe), self._section.field)
             overlap = check_overlap(self.recipe, source)
-            if overlap > OVERLAP_LIMIT:
-                self._reporter.note(f"{overlap:.1%} of {data} also stands in the calibration text: "
-                                    "perplexities are too good; use another text or split")
+            for used, share in overlap.items():
+                if share > OVERLAP_LIMIT:
+                    self._reporter.note(f"{share:.1%} of {data} also stands in the text of {used}: "
+                                        "perplexities are too good; use another text or split")
             ids = windows.token_ids(source, self.dense)[:self._section.max_tokens]
             found[data] = ids, {
                 "split": source.split, "sha256": source.sha256, "tokens": len(ids),
-                "overlap_with_calibration": overlap, "windows": self._lengths}
+                "overlap": overlap, "windows": self._lengths}
         return found
 
     @cached_property
@@ -226,9 +230,10 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
                 for cell in alike:
                     with _failing([cell], done), _tuned(
                             wanted, cell, recipe[cell], made, work / "tuned") as tuned:
-                        recorded(cell, {
-                            "removed": 1 - artifacts.figures([sliced, made])[
-                                "block_parameters.ratio"], **meter.of_pruned(tuned / "model")})
+                        with pipeline.finishing("evaluate"):
+                            figures = meter.of_pruned(tuned / "model")
+                        removed = 1 - artifacts.figures([sliced, made])["block_parameters.ratio"]
+                        recorded(cell, {"removed": removed, **figures})
 
 
 @contextmanager
@@ -281,6 +286,7 @@ def _require_budget(wanted: Plan, sliced: Path, recipe: Recipe) -> None:
     blocks = range(len(arch.blocks))
     allowed = unit * len(blocks) / sum(arch.block_parameters(i) for i in blocks)
     removed = 1 - artifacts.figures([sliced])["block_parameters.ratio"]
+    assert section.ratio is not None  # a cell has its own
     if abs(removed - section.ratio) > allowed:
         raise StageError(f"{removed:.4f} of the parameters is removed, and {section.ratio:g} is "
                          f"asked for: more than one rounding unit ({allowed:.4f}) away, so it "

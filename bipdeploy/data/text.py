@@ -104,7 +104,7 @@ def records(data: str, split: str, columns: Sequence[str]) -> Records:
 
     Raises InputError with one line where they cannot be had, or a column is missing.
     """
-    if data.startswith("builtin:") or Path(data).suffix == ".txt":
+    if is_running_text(data):
         raise InputError(f"data: {data} has no columns {', '.join(columns)}; give a .jsonl or "
                          ".parquet file that has, or alpaca")
     table = (_hub_table(data, split) if data in HUB_SETS
@@ -118,6 +118,11 @@ def records(data: str, split: str, columns: Sequence[str]) -> Records:
     if not rows:
         raise InputError(f"data: {data!r} (split {split}) holds no rows")
     return Records(data, split, rows)
+
+
+def is_running_text(data: str) -> bool:
+    """Whether a text has no columns, by its name."""
+    return data.startswith("builtin:") or Path(data).suffix == ".txt"
 
 
 def fingerprint(data: str, split: str) -> str:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from bipdeploy.families import architecture
 from bipdeploy.figures import compared
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.modeling import loading
-from bipdeploy.recipe import OnnxBench, TorchBench
+from bipdeploy.recipe_bench import OnnxBench, TorchBench
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,8 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     return figures, details
 
 
-def generate(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> dict[str, float]:
+def generate(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int,
+             clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Seconds of one greedy generation for ids [B, T]: prefill, ttft, decode (per token).
 
     `prefill` is the forward pass over the prompt; `ttft` adds choosing the first token; `decode`
@@ -74,7 +76,7 @@ def generate(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int) -> dict
     def now() -> float:
         if ids.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock()
 
     with torch.inference_mode():
         began = now()

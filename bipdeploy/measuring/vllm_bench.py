@@ -47,10 +47,10 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
         job.reporter.note(f"bench.vllm not run: {error}")
         return {}, {"not_run": str(error)}
     release_memory()
-    return _Measurement(job, engine, folders, sizes).all()
+    return Measurement(job, engine, folders, sizes).all()
 
 
-class _Measurement:
+class Measurement:
     """Both models, one engine, and what is measured of them so far."""
 
     def __init__(self, job: Job, engine: Engine, folders: Mapping[str, Path],
@@ -77,7 +77,7 @@ class _Measurement:
         latency = self.sizes["dense"].vocabulary >= LATENCY_TOOL_VOCABULARY
         steps = 2 + len(self.points) * section.rounds + section.offline_rounds * (1 + latency)
         self.job.reporter.total(steps, "measurements")
-        self._serve()
+        self.serve()
         self._offline("throughput", self._throughput)
         details: dict[str, Any] = {
             "engine": str(self.engine), "options": self.options, "commands": self.commands,
@@ -92,7 +92,7 @@ class _Measurement:
                 f"vocabulary has {self.sizes['dense'].vocabulary:,}")
         return self.figures, {**details, "spread": self.spread}
 
-    def _serve(self) -> None:
+    def serve(self) -> None:
         """Both servers up at once, so that neighbouring measurements alternate between them."""
         with ExitStack() as stack:
             servers = {which: stack.enter_context(self._server(folder))

@@ -48,7 +48,7 @@ def device_for(wanted: str, contents: Contents) -> torch.device:
     """
     if wanted not in DEVICES:
         raise InputError(f"device {wanted!r} is not known; use {', '.join(DEVICES)}")
-    missing = _no_cuda() or _not_on_cuda(contents)
+    missing = no_cuda() or _not_on_cuda(contents)
     if wanted == "cuda" and missing:
         raise InputError(f"device cuda was asked for, and {missing}")
     if wanted == "cuda" or (wanted == "auto" and not missing):
@@ -59,7 +59,7 @@ def device_for(wanted: str, contents: Contents) -> torch.device:
     return torch.device("cpu")
 
 
-def _no_cuda() -> str | None:
+def no_cuda() -> str | None:
     """Why there is no CUDA here, or None."""
     if CUDA not in library().get_available_providers():
         return ("the installed onnxruntime is built for the CPU; uninstall it and "

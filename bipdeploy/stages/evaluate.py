@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bipdeploy.blocks import compute_device, compute_dtype
-from bipdeploy.calibration import calibration_split, test_split
+from bipdeploy.calibration import calibration_split, test_split, training_split
 from bipdeploy.checkpoint import read_config
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError
@@ -17,7 +17,10 @@ from bipdeploy.families import architecture
 from bipdeploy.figures import VERSUS_TORCH, compared
 from bipdeploy.modeling import loading
 from bipdeploy.recipe import Recipe
+from bipdeploy.recipe_base import TextSection
+from bipdeploy.recipe_lora import LoraSection
 from bipdeploy.stages.job import Job
+from bipdeploy.tuning.data import ALPACA_COLUMNS
 
 OVERLAP_LIMIT = 0.01  # share of 13-grams; a few stock phrases recur in any two texts
 
@@ -47,9 +50,11 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     lengths = {w: window_tokens(w, architecture(config).max_positions) for w in section.windows}
     source = text.read(section.data, test_split(recipe), section.field)
     overlap = check_overlap(recipe, source)
-    if overlap > OVERLAP_LIMIT:
-        job.reporter.note(f"{overlap:.1%} of the test text also stands in the calibration text: "
-                          "the pruned model's perplexity is too good; use another text or split")
+    for used, share in overlap.items():
+        if share > OVERLAP_LIMIT:
+            job.reporter.note(f"{share:.1%} of the test text also stands in the text of {used}: "
+                              "the pruned model's perplexity is too good; use another text or "
+                              "split")
     full = windows.token_ids(source, folders["dense"])
     tokens_per_byte = len(full) / len(source.joined().encode())
     ids = full[:section.max_tokens]
@@ -78,7 +83,7 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
                             tokens_per_byte, torch=results["pruned"])
     record = {"protocol": "non-overlapping windows; the first token of each is context only; "
               "token-level", "data": source.name, "split": source.split,
-              "text_sha256": source.sha256, "overlap_with_calibration": overlap,
+              "text_sha256": source.sha256, "overlap": overlap,
               "dtype": str(dtype), "device": str(device), "tokens_per_byte": tokens_per_byte,
               "windows": {str(w): {"tokens": n, "predicted": results["dense"][w].tokens}
                           for w, n in lengths.items()}}
@@ -113,10 +118,22 @@ def window_tokens(window: int | str, max_positions: int) -> int:
     return window
 
 
-def check_overlap(recipe: Recipe, test: text.Text) -> float:
-    """Share of the test text that the calibration text of the same recipe also holds."""
-    section = recipe.calibration
-    if (section.data, calibration_split(recipe)) == (test.name, test.split):
+def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
+    """Share of the test text that the recipe's other texts also hold: `calibration`, and `lora`
+    where adapters are trained."""
+    used: dict[str, tuple[TextSection, str]] = {
+        "calibration": (recipe.calibration, calibration_split(recipe))}
+    if recipe.lora.enabled:
+        used["lora"] = (recipe.lora, training_split(recipe))
+    return {name: _held_by(section, split, test) for name, (section, split) in used.items()}
+
+
+def _held_by(section: TextSection, split: str, test: text.Text) -> float:
+    if (section.data, split) == (test.name, test.split):
         return 1.0
-    calibration = text.read(section.data, calibration_split(recipe), section.field)
-    return windows.overlap(calibration, test)
+    if isinstance(section, LoraSection) and section.format == "alpaca":
+        rows = text.records(section.data, split, ALPACA_COLUMNS).rows
+        other = text.Text(section.data, split, tuple(" ".join(row.values()) for row in rows))
+    else:
+        other = text.read(section.data, split, section.field)
+    return windows.overlap(other, test)

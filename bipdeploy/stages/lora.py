@@ -49,6 +49,7 @@ def run(job: Job) -> None:
     if fault:
         job.reporter.note(f"the checkpoint of an earlier run is not used: {fault}")
         checkpoints.discard(task.checkpoint)
+    release_memory()  # the first training process takes this one's GPU
     if section.processes == 1:
         state = training.train(task, device, job.reporter)
     else:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bipdeploy import artifacts, search
+from bipdeploy import artifacts, search, targets
 from bipdeploy.activations import keeping
 from bipdeploy.allocation import BlockScores, allocate, keep, part_widths, uniform_widths
 from bipdeploy.blocks import BlockWalker
@@ -17,11 +18,14 @@ from bipdeploy.calibration import calibration_batches
 from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError
 from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
+from bipdeploy.latency import Table
+from bipdeploy.measuring import profile
 from bipdeploy.modeling.formats import pruned_config
 from bipdeploy.recipe import Recipe
 from bipdeploy.slicing import slice_block
 from bipdeploy.stages.job import Job
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
+from bipdeploy.targets import Target
 
 KEPT = "kept.json"
 SEARCH_RIDGE = 0.01  # of the refits that a search tries, where the recipe's own is `auto`
@@ -39,15 +43,20 @@ def run(job: Job) -> None:
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     section = job.recipe.prune
+    target = targets.find(job.recipe, dense.config, profiled(job, dense))
     details: dict[str, Any] = {}
     if section.layers == "searched":
-        widths, details = searched(job, arch, scores)
+        widths, details = searched(job, arch, scores, target)
         kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
-        widths, kept = allocate(arch, section, scores, comparable=summary["comparable"],
-                                one_scale=summary.get("one_scale", False), influence=influence,
-                                tensor_parallel=job.recipe.hardware.tensor_parallel)
+        allocated = partial(allocate, arch, scores=scores, comparable=summary["comparable"],
+                            one_scale=summary.get("one_scale", False), influence=influence,
+                            tensor_parallel=job.recipe.hardware.tensor_parallel)
+        section = targets.settled(arch, section, target, influence=influence,
+                                  tensor_parallel=job.recipe.hardware.tensor_parallel,
+                                  widths_of=lambda tried: allocated(section=tried)[0])
+        widths, kept = allocated(section=section)
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
@@ -56,8 +65,10 @@ def run(job: Job) -> None:
             writer.add(slice_block(dense.block(index), arch, index, choice),
                        f"model.layers.{index}.")
             job.reporter.advance()
+    figures = size_figures(arch, architecture(config))
     job.write(KEPT, {
-        "ratio": section.ratio, "layers": section.layers, **details,
+        "ratio": section.share or 1 - figures["block_parameters.ratio"],
+        "target": target and target.record(widths), "layers": section.layers, **details,
         "model_type": config["model_type"],
         "dropped": {part: [i for i, (dense, own) in enumerate(zip(arch.blocks, widths, strict=True))
                            if getattr(dense, width) and not getattr(own, width)]
@@ -65,16 +76,23 @@ def run(job: Job) -> None:
         "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})
-    job.write_figures(size_figures(arch, architecture(config)))
+    job.write_figures(figures | (target.figures(widths) if target else {}))
 
 
-def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
+def profiled(job: Job, dense: Checkpoint) -> Table | None:
+    """The measured times that the target is about, from the cache or measured now."""
+    key = targets.table_key(job.recipe, dense.config)
+    return profile.obtain(key, dense.config, job.recipe.model, job.reporter) if key else None
+
+
+def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores], target: Target | None
              ) -> tuple[list[BlockWidths], dict[str, Any]]:
     """The widths that `search` finds for the budget, and what it measured.
 
     Curves that were measured before are the input `curves`.
     """
-    section, parallel = job.recipe.prune, job.recipe.hardware.tensor_parallel
+    parallel = job.recipe.hardware.tensor_parallel
+    section = targets.settled(arch, job.recipe.prune, target, tensor_parallel=parallel)
     choices = part_widths(arch, section, tensor_parallel=parallel)
     if "curves" in job.inputs:
         record = artifacts.read_json(job.inputs["curves"])
@@ -84,8 +102,12 @@ def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores]
         curves, windows = measured_curves(job.recipe, job.inputs["dense"], scores, job.out,
                                           job.reporter.advance)
         record = curves_record(curves, windows)
-    total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    widths = search.solve(arch, curves, choices, total * (1 - section.ratio))
+    if target:
+        widths = search.solve_within(arch, curves, choices, target.limit, target.cost)
+    else:
+        total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
+        assert section.ratio is not None
+        widths = search.solve(arch, curves, choices, total * (1 - section.ratio))
     uniform = uniform_widths(arch, section, tensor_parallel=parallel)
     return widths, {"search": {
         **record,

@@ -76,9 +76,9 @@ def _importance(job: Job, collected: dict[str, Any]) -> bytes:
     """Each group's score, by block; crosses left with the pruning."""
     figure, axes = _figure(2)
     scores = read_scores(job.inputs["score"])
-    kept = collected["kept"]["blocks"] if collected["kept"] else []
-    for axis, part, key, title in ((axes[0], "heads", "kept_groups", "Importance of KV groups"),
-                                   (axes[1], "ffn", "kept_channels", "Importance of channels")):
+    kept = _kept(collected)
+    for axis, part, key, title in ((axes[0], "heads", "groups", "Importance of KV groups"),
+                                   (axes[1], "ffn", "channels", "Importance of channels")):
         for index, block in enumerate(scores):
             values = getattr(block, part)
             staying = set(kept[index][key]) if kept else set(range(len(values)))
@@ -90,6 +90,15 @@ def _importance(job: Job, collected: dict[str, Any]) -> bytes:
         axis.set(title=f"{title} (x: removed)", xlabel="block",
                  yscale="log" if lowest > 0 else "linear")
     return _png(figure)
+
+
+def _kept(collected: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The groups and channels that stay in each block: as chosen again by the repair, where so."""
+    repaired = (collected["recover"] or {}).get("blocks", [])
+    if repaired and all("groups" in block for block in repaired):
+        return repaired
+    return [{"groups": block["kept_groups"], "channels": block["kept_channels"]}
+            for block in (collected["kept"] or {}).get("blocks", [])]
 
 
 def _comparison(figures: dict[str, float]) -> bytes:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bipdeploy.tuning.training import Task
 
 SPEC, WINDOWS, LOG = "spec.json", "windows.safetensors", "log.txt"
+GRACE = 40  # seconds until torchrun is killed; it gives its workers 30 to end
 MARK = "bipdeploy: "  # what the lines that a worker means for us begin with
 
 
@@ -85,6 +86,9 @@ def _run(command: list[str], log: Path, reporter: Reporter) -> None:
                 getattr(reporter, event["call"])(*event["arguments"])
         code = process.wait()
     finally:
+        process.terminate()  # torchrun then ends its workers, which have sessions of their own
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,0 +1,65 @@
+"""What trials share: stage folders that would be the same, and the quiet that a bench needs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from bipdeploy import artifacts, pipeline
+from bipdeploy.console import Silent
+
+
+@contextmanager
+def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a lock, `LOCK_SH` or `LOCK_EX`, that is gone when the process is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise artifacts.unwritable(path, error) from error
+    with file:
+        fcntl.flock(file, kind)
+        yield
+
+
+@contextmanager
+def once(name: str, key: str, folder: Path) -> Iterator[None]:
+    """Within this block no other trial runs the same stage with the same key. Where one did
+    before, its folder is in `folder` as well: linked, so it takes no space of its own."""
+    with locked(folder.parent / ".locks" / f"{name}-{key[:16]}"):
+        if not pipeline.intact(folder / name, key):
+            _take(name, key, folder)
+        yield
+
+
+def _take(name: str, key: str, folder: Path) -> None:
+    for other in sorted(folder.parent.glob(f"*/{name}")):
+        if pipeline.intact(other, key):
+            with suppress(FileNotFoundError, shutil.Error):  # it is being replaced just now
+                folder.mkdir(parents=True, exist_ok=True)
+                with artifacts.writing(folder / name) as partial:
+                    shutil.copytree(other, partial, copy_function=_link, dirs_exist_ok=True)
+                return
+
+
+def _link(source: str, target: str) -> None:
+    # Stages are replaced as whole folders and never changed in place, so links are safe.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def turn(stage: str) -> Iterator[Silent]:
+    """A trial's stage on this machine: what is timed waits until it is the only one, and others
+    wait for it. Holds for all sweeps of one user; other programs are not kept away."""
+    kind = fcntl.LOCK_EX if stage in ("bench", "profile") else fcntl.LOCK_SH
+    lock = Path(tempfile.gettempdir()) / f"bipdeploy-{os.getuid()}.lock"
+    with locked(lock, kind):
+        yield Silent()
