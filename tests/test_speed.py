@@ -134,19 +134,20 @@ def test_decoding_through_the_static_cache_says_the_same_tokens():
 def test_records_count_for_their_own_setup(tmp_path):
     path = tmp_path / "results.json"
     first = Results(path, {"gpu": "A"}, "one")
-    first.add("7B/score", {"figures": {}, "seconds": 10.0, "parameters": 7})
+    first.add("7B/score", {"figures": {}, "seconds": 10.0, "work": 7})
     first.add("7B/vllm/c128/30%", {"not_run": "vLLM is not installed"})
     again, other = Results(path, {"gpu": "A"}, "one"), Results(path, {"gpu": "B"}, "two")
     assert again.done("7B/score") and not again.done("7B/vllm/c128/30%")
     assert not other.done("7B/score")
-    other.add("13B/score", {"figures": {}, "seconds": 30.0, "parameters": 13})
+    other.add("13B/score", {"figures": {}, "seconds": 30.0, "work": 13})
     written = json.loads(path.read_text())
     assert {name: written["setups"][record["setup"]]["gpu"]
             for name, record in written["records"].items()} == {
                 "7B/score": "A", "7B/vllm/c128/30%": "A", "13B/score": "B"}
-    assert again.expected_seconds("7B/score", 7) == pytest.approx(12)
+    assert again.expected_seconds("7B/score", 6) == pytest.approx(12)
     assert again.expected_seconds("13B/score", 14) == pytest.approx(24)
     assert other.expected_seconds("7B/score", 7) == pytest.approx(36)
+    assert again.expected_seconds("7B/refit/30%", 7) > 100
 
 
 def test_the_readme_says_where_gpu_figures_stand():
@@ -205,6 +206,13 @@ atexit.register(lambda: print("torch" in sys.modules))
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """)
     assert loaded.stdout.endswith("False\n")
+
+
+def test_a_tiny_run_is_no_result(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--shape", "tiny"])
+    with pytest.raises(SystemExit) as ended:
+        command.main("", Grid(("7B",)), Sizes(), "cuda")
+    assert ended.value.code == 2 and "--out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -85,6 +85,11 @@ class Case:
         """The speed-ups there would be if only bytes (decode) or FLOPs (prefill) took time."""
         return {phase: dense / pruned for phase, (dense, pruned) in self.costs(sizes).items()}
 
+    def work(self, sizes: Sizes) -> float:
+        """What its time grows with: bytes, FLOPs, or the dense model's parameters."""
+        costs = self.costs(sizes)
+        return costs[self.kind][0] if self.kind in costs else self.sizes_of(sizes)[0].parameters()
+
     def memory(self, sizes: Sizes) -> int:
         """Bytes of the device's memory that it takes, estimated from above."""
         dense, pruned = self.sizes_of(sizes)

@@ -17,6 +17,7 @@ from speed.cases import GIB, Case, Grid, Sizes, chosen
 from speed.results import Results, table
 
 RESULTS = Path(__file__).parents[1] / "results"
+PREFIX = {"cuda": "gpu", "cpu": "cpu"}
 TINY = (Grid(("tiny",), batches=(1, 2), contexts=(8, 24), removed=(50,)),
         Sizes(round_to=8, windows=4, tokens=16, batch=2, new=4, rounds=3, slow_rounds=2))
 
@@ -35,7 +36,7 @@ def main(description: str, grid: Grid, sizes: Sizes, device: str) -> None:
 def _parser(description: str, grid: Grid, device: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="result file; where there is one, what it holds "
-                        f"is not measured again (default: results/{device[:1]}pu-HARDWARE.json)")
+                        f"is not measured again (default: results/{PREFIX[device]}-HARDWARE.json)")
     parser.add_argument("--shape", action="append", choices=(*grid.shapes, "tiny"), default=[])
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN",
                         help="cases whose names match, such as '7B/decode/b1/*'")
@@ -69,7 +70,7 @@ def _run(arguments: argparse.Namespace, grid: Grid, sizes: Sizes, device: str) -
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; --dry-run lists the cases")
     place = torch.device(arguments.device)
     eager = arguments.eager or arguments.device == "cpu"
-    out = arguments.out or RESULTS / f"{device[:1]}pu-{hardware.name_of(place)}.json"
+    out = arguments.out or RESULTS / f"{PREFIX[place.type]}-{hardware.name_of(place)}.json"
     if arguments.table:
         print(table(read_json(out)["records"]))
         return 0
@@ -89,6 +90,8 @@ def _cases(arguments: argparse.Namespace, grid: Grid, sizes: Sizes) -> list[tupl
     if "tiny" in arguments.shape:
         if len(set(arguments.shape)) > 1:
             raise InputError("--shape tiny: it is measured alone; leave the others out")
+        if not (arguments.out or arguments.dry_run):
+            raise InputError("--shape tiny: its figures are no result; say where with --out")
         own, tiny = TINY
         grid = replace(own, kinds=grid.kinds)
         sizes = replace(tiny, rounds=arguments.rounds or tiny.rounds)
@@ -120,8 +123,7 @@ def _measure(plan: list[tuple[Case, Sizes]], results: Results, device: Any, eage
     for case, sizes in plan:
         if results.done(str(case)):
             continue
-        parameters = case.sizes_of(sizes)[0].parameters()
-        expected = results.expected_seconds(str(case), parameters)
+        expected = results.expected_seconds(str(case), case.work(sizes))
         if deadline is not None and time.monotonic() + expected > deadline:
             left.append(expected)
             continue
@@ -137,7 +139,7 @@ def _measure(plan: list[tuple[Case, Sizes]], results: Results, device: Any, eage
             run = ((lambda run=outside, c=case, s=sizes: run(c, s, device, work)) if outside
                    else lambda c=case: torch_cases.measure(c))
             record = _record(run, lambda: hardware.state(device))
-        results.add(str(case), {"needs_bytes": needed, "parameters": parameters, **record})
+        results.add(str(case), {"needs_bytes": needed, "work": case.work(sizes), **record})
         told = record.get("not_run") or record.get("failed") or f"{record['seconds']:.0f} s"
         print(told, file=sys.stderr)
         failed += "failed" in record

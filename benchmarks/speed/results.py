@@ -9,9 +9,9 @@ from typing import Any
 
 from bipdeploy import artifacts
 
-# Seconds of a case at 7B, guessed high, until one like it has been measured.
-GUESSED = {"score": 90, "decode": 240, "prefill": 60, "refit": 200, "slice": 60, "onnx": 400,
-           "vllm": 430}
+# Seconds of a case at 7B on a GPU, guessed high, until one like it has been measured.
+GUESSED = {"score": 100, "decode": 300, "prefill": 80, "refit": 240, "slice": 80, "onnx": 480,
+           "vllm": 520}
 
 
 class Results:
@@ -48,16 +48,19 @@ class Results:
             os.fsync(number)
             os.close(number)
 
-    def expected_seconds(self, case: str, parameters: int) -> float:
-        """How long a case will take: the longest of its shape and kind so far; else of its kind at
-        another shape, by parameters; else a guess."""
+    def expected_seconds(self, case: str, work: float) -> float:
+        """How long a case will take: as the longest of its shape and kind so far, and by its work
+        where that is more; else by those of other shapes; else a guess."""
         shape, kind = case.split("/")[:2]
-        times = [(name.split("/"), record) for name, record in self.records.items()
-                 if "seconds" in record and record["setup"] == self.setup]
-        own = [r["seconds"] for (s, k, *_), r in times if (s, k) == (shape, kind)]
-        other = [r["seconds"] * max(1.0, parameters / r["parameters"])
-                 for (s, k, *_), r in times if k == kind]
-        return 1.2 * max(own or other or [max(10.0, GUESSED[kind] * parameters / 6.7e9)])
+        known = [(name.split("/")[0], record) for name, record in self.records.items()
+                 if name.split("/")[1] == kind and "seconds" in record
+                 and record["setup"] == self.setup]
+        alike = [record for own, record in known if own == shape] or [r for _, r in known]
+        if not alike:
+            return GUESSED[kind]
+        largest = max(alike, key=lambda record: record["work"])
+        return 1.2 * max(max(record["seconds"] for record in alike),
+                         largest["seconds"] * work / largest["work"])
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -208,14 +208,14 @@ class Torch:
 
         try:
             found = self._compared(case, prepared, "decode", 1)
+            found["cuda_graphs_skipped"] = cudagraph_skips() - skips
         finally:
             if not self.eager:
                 torch._dynamo.reset()  # frees the graphs with their memory
         for which in ("dense", "pruned"):
             found[f"{which}_tokens_per_second"] = case.batch / found["seconds"][which]["median"]
         how = "eager" if self.eager else "torch.compile, mode reduce-overhead"
-        return {**found, "how": how, "first_steps_seconds": compiling,
-                "cuda_graphs_skipped": cudagraph_skips() - skips}
+        return {**found, "how": how, "first_steps_seconds": compiling}
 
     def _compared(self, case: Case, prepared: Callable[[int], Callable[[], dict[str, float]]],
                   phase: str, warmup: int) -> dict[str, Any]:
