@@ -133,7 +133,7 @@ def table(record: dict[str, Any]) -> str:
     """What was found, as Markdown."""
     lines = ["| stage | seconds | peak resident, GiB | anonymous, GiB | read, GiB |",
              "|---|---|---|---|---|"]
-    for stage, found in record.get("stages", {}).items():
+    for stage, found in record["stages"].items():
         sizes = (found[key] / 2**30 for key in ("peak_bytes", "peak_anonymous_bytes", "read_bytes"))
         cells = " | ".join(f"{size:.2f}" for size in sizes)
         lines.append(f"| {stage} | {found['seconds']:.0f} | {cells} |")
@@ -168,14 +168,15 @@ def main() -> None:
         record |= {"parameters": architecture(config_of(arguments.shape)).parameters(),
                    "weights_bytes": sum(p.stat().st_size for p in model.glob("*.safetensors")),
                    "seconds_to_make": round(time.time() - began, 1)}
-        if arguments.stages:
-            record["stages"] = {stage: watched(command(stage, work, arguments))
-                                for stage in arguments.stages}
+        record["stages"] = {}
+        for stage in arguments.stages:
+            record["stages"][stage] = watched(command(stage, work, arguments))
+            artifacts.write_json(arguments.out, record)  # a later stage may take an hour
         if arguments.overhead:
             record["overhead"] = overhead(model, arguments)
+            artifacts.write_json(arguments.out, record)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    artifacts.write_json(arguments.out, record)
     print(table(record))
 
 

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -50,10 +51,30 @@ def keeping(folder: Path, spill: bool, needed: int) -> Iterator[Keep]:
         yield lambda batches: Spilled(Path(scratch), batches)
 
 
-def replace(batches: Batches, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put what a function makes of each batch in its place."""
-    for number in range(len(batches)):
-        batches[number] = function(batches[number])
+def replace(batches: Batches, *functions: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put what a function makes of each batch in its place, without gradients.
+
+    With several functions each takes its turn, as `turn` says, in a thread of its own: they are
+    the same for different devices.
+    """
+    count = len(functions)
+
+    def take_turns(own: int) -> None:
+        with torch.no_grad():  # which holds for one thread only
+            for number in range(len(batches)):
+                if turn(number, count) == own:
+                    batches[number] = functions[own](batches[number])
+
+    if count == 1:
+        take_turns(0)
+        return
+    with ThreadPoolExecutor(count, thread_name_prefix="device") as devices:
+        list(devices.map(take_turns, range(count)))
+
+
+def turn(batch: int, devices: int) -> int:
+    """Which of some devices a batch is for."""
+    return batch % devices
 
 
 class Spilled:

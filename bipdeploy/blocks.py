@@ -7,6 +7,7 @@ D hidden size, H query heads times head_dim, F FFN channels.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.activations import Batches, Keep
+from bipdeploy.activations import Batches, Keep, turn
 from bipdeploy.checkpoint import Checkpoint, require_finite
 from bipdeploy.errors import InputError
 from bipdeploy.families import architecture, family_of
@@ -35,6 +36,15 @@ def compute_device(section: ModelSection) -> torch.device:
                          "use auto or cpu")
     cuda = section.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
+
+
+def all_devices(device: torch.device) -> list[torch.device]:
+    """Every GPU that this process sees where `device` is one, else the device alone."""
+    import torch
+
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def release_memory() -> None:
@@ -113,19 +123,36 @@ class Block:
         """The whole FFN on u, without the residual: [B, T, D]."""
         return self.layer.mlp(self.layer.post_attention_layernorm(u))
 
+    def on(self, device: torch.device) -> Block:
+        """A copy for another device."""
+        return Block(copy.deepcopy(self.layer).to(device), _moved(self._arguments, device))
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The block's output y [B, T, D]."""
         u = self.attention(x).u if self.has_attention else x
         return u + self.ffn(u) if self.has_ffn else u
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors on another device, in whatever holds them."""
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if hasattr(value, "to") else value
+
+
 class BlockWalker:
-    """Reads a checkpoint one block at a time, on one device and in one type."""
+    """Reads a checkpoint one block at a time, to one device and in one type.
+
+    `devices` are all that windows may be shared out to; `device` is the first of them.
+    """
 
     def __init__(self, folder: Path, section: ModelSection):
         import torch
 
-        self.device = compute_device(section)
+        self.devices = all_devices(compute_device(section))
+        self.device = self.devices[0]
         self.checkpoint = Checkpoint(folder)
         self.family = family_of(self.checkpoint.config)
         self.architecture = architecture(self.checkpoint.config)
@@ -137,14 +164,18 @@ class BlockWalker:
     def __len__(self) -> int:
         return len(self.architecture.blocks)
 
-    def embed(self, batches: list[torch.Tensor], keep: Keep = list) -> Batches:
-        """Hidden states [B, T, D] of batches of token windows [B, T], on the compute device."""
+    def embed(self, batches: list[torch.Tensor], keep: Keep = list, *,
+              shared: bool = False) -> Batches:
+        """Hidden states [B, T, D] of batches of token windows [B, T], on the compute device, or
+        `shared` out to all devices."""
         name = "model.embed_tokens.weight"
         # Rows are looked up as stored: the table is large, and few of them are needed.
         table = self.checkpoint.tensors([name])
         require_finite(table, self.checkpoint.folder)
+        devices = self.devices if shared else [self.device]
         return keep(self._torch.nn.functional.embedding(windows, table[name])
-                    .to(self.device, self.dtype) for windows in batches)
+                    .to(devices[turn(number, len(devices))], self.dtype)
+                    for number, windows in enumerate(batches))
 
     def bytes_of(self, windows: list[torch.Tensor]) -> int:
         """Bytes of the hidden states of all windows."""

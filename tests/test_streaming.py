@@ -116,6 +116,26 @@ def test_spilling_and_small_shards_change_no_bit(tiny, made, tmp_path, monkeypat
     assert not list(tmp_path.rglob("activations-*"))
 
 
+# Several devices
+
+@pytest.mark.parametrize("criterion", ["llm_bip", "flap", "taylor"])
+def test_windows_shared_out_to_devices_give_the_statistics_of_one(tiny, tmp_path, criterion):
+    one, several = walk(tiny), walk(tiny)
+    several.devices = [several.device] * 2
+    asked, batches = recipe(tiny, criterion), list(torch.cat(windows()).split(1))
+    assert len(windows()) == 2 < len(batches)
+    exact = [score_blocks(walker, windows(), asked) for walker in (one, several)]
+    for a, b in zip(*(walked.scores for walked in exact), strict=True):
+        assert torch.equal(a.heads, b.heads) and torch.equal(a.ffn, b.ffn)
+    with keeping(tmp_path, True, 0) as keep:  # with more batches sums are in another order
+        rounded = [score_blocks(walker, batches, asked, keep=keep) for walker in (one, several)]
+    for found in zip(*(walked.influence for walked in rounded), strict=True):
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+    for a, b in zip(*(walked.scores for walked in rounded), strict=True):
+        torch.testing.assert_close(a.heads, b.heads, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a.ffn, b.ffn, rtol=1e-5, atol=1e-6)
+
+
 # What is held at once
 
 def test_at_most_two_blocks_are_alive(tmp_path, monkeypatch):

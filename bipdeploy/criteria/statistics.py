@@ -49,6 +49,12 @@ class Statistics:
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def absorb(self, other: Statistics) -> None:
+        """Take in what another device saw."""
+        self.tokens += other.tokens
+        for name, value in other.sums.items():
+            self._add(name, value.to(self.sums[name].device))
+
     def _add_moments(self, prefix: str, x: torch.Tensor) -> None:
         x = x.double()  # in float32 a variance far below the mean's square would drown
         self._add(f"{prefix}_sum", x.sum(0))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace as altered
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,13 +112,14 @@ def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequen
     own_needs = [CRITERIA[s.criterion].statistics(s.propagation) for s in sections]
     needs = frozenset().union(*own_needs)
     draws = [torch.Generator().manual_seed(seed) for _ in sections]
-    hidden, found = walker.embed(windows, keep), [Walked([], [], []) for _ in sections]
+    hidden = walker.embed(windows, keep, shared=True)
+    found = [Walked([], [], []) for _ in sections]
     for index, block in enumerate(walker.blocks(windows[0].shape[1])):
         widths = walker.architecture.blocks[index]
         if "gradients" in needs:
             inputs.append(keep(x.cpu() for x in hidden))
-        statistics = Statistics(widths.kv_heads, needs, walker.config.rms_norm_eps)
-        replace(hidden, partial(_see, block, statistics))
+        statistics = _seen(walker, block, hidden, Statistics(
+            widths.kv_heads, needs, walker.config.rms_norm_eps))
         for section, own, draw, walked in zip(sections, own_needs, draws, found, strict=True):
             walked.influence.append(statistics.influence())
             view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
@@ -168,6 +171,16 @@ def _agreement(view: BlockView, index: int) -> dict[str, float]:
     return {"block": index, "rank_correlation": rank_correlation(bound, measured),
             "measured_above_bound": int((measured > bound).sum()),
             "mean_ratio": float((bound / measured.clamp_min(1e-30)).mean())}
+
+
+def _seen(walker: BlockWalker, block: Block, hidden: Batches, statistics: Statistics) -> Statistics:
+    """Run a block on all batches, in place, each device on its share; the sums over all."""
+    shares = [statistics, *(altered(statistics, sums={}) for _ in walker.devices[1:])]
+    blocks = [block, *map(block.on, walker.devices[1:])]
+    replace(hidden, *map(partial, repeat(_see), blocks, shares))
+    for share in shares[1:]:
+        statistics.absorb(share)
+    return statistics
 
 
 def _see(block: Block, statistics: Statistics, x: torch.Tensor) -> torch.Tensor:
