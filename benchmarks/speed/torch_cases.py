@@ -37,11 +37,13 @@ class Walker(BlockWalker):
     def __init__(self, model: Any):
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.devices = [self.device]  # the model is on one
         self.model, self.config, self._torch = model, model.config, torch
         self.architecture = architecture(model.config.to_dict())
         self.family = self.architecture.family
 
-    def embed(self, batches: list[torch.Tensor], keep: Keep = list) -> Batches:
+    def embed(self, batches: list[torch.Tensor], keep: Keep = list, *,
+              shared: bool = False) -> Batches:
         return keep(self.model.model.embed_tokens(windows) for windows in batches)
 
     def block(self, index: int, tokens: int) -> Block:
