@@ -277,7 +277,7 @@ def test_calibrating_on_the_test_text_is_noted_in_the_manifest(tmp_path, smoke, 
     out = api.evaluate("builtin:pico", smoke.folder / "export" / "transformers", tmp_path / "out",
                        settings)
     (note,) = artifacts.read_manifest(out)["notes"]
-    assert note.startswith("100.0% of the test text also stands in the calibration text")
+    assert note.startswith("100.0% of the test text also stands in the text of calibration")
 
 
 def test_separate_texts_give_no_note(smoke):

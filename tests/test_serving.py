@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bipdeploy import api, artifacts
+from bipdeploy import api, artifacts, checkpoint
 from bipdeploy.checkpoint import INDEX, Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.modeling.formats import pruned_config
@@ -121,14 +121,15 @@ def test_the_size_of_the_cache_is_read_from_the_metrics():
 # What cannot be served
 
 @pytest.fixture
-def sharded(tmp_path) -> Path:
-    """A tiny model in two shards."""
+def sharded(tmp_path, monkeypatch) -> Path:
+    """A tiny model in two shards: what belongs to no block, and the blocks."""
     source = Checkpoint(tiny_model(tmp_path / "source"))
     arch = architecture_of(source.folder)
+    outside = source.tensors(source.outside_blocks())
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", sum(t.nbytes for t in outside.values()))
     with CheckpointWriter(tmp_path / "model", pruned_config(source.config, arch, arch.blocks),
                           source.folder) as writer:
-        writer.add(source.tensors(source.outside_blocks()))
-        writer._flush()
+        writer.add(outside)
         for index in range(len(arch.blocks)):
             writer.add(source.block(index), f"model.layers.{index}.")
     return tmp_path / "model"
@@ -173,9 +174,7 @@ def test_a_model_of_no_family(sharded):
 
 
 def test_a_head_size_that_the_cpu_build_has_no_kernel_for(tmp_path):
-    model = tiny_model(tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "head_dim": 48}))
+    model = tiny_model(tmp_path / "model", head_dim=48)
     with pytest.raises(InputError, match="head_dim is 48, and vLLM on a CPU has kernels for 32"):
         server.checked(model, CPU)
     server.checked(model, GPU)

@@ -22,9 +22,10 @@ def tiny_model(folder: Path, family: str = "llama", *, heads: int = 4, kv_heads:
     """
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, intermediate_size=96, num_hidden_layers=blocks,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-        **{"hidden_size": 64, "sliding_window": None, "tie_word_embeddings": False, **settings})
+        **{"hidden_size": 64, "head_dim": 32, "sliding_window": None,
+           "tie_word_embeddings": False, **settings})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

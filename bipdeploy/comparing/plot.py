@@ -28,7 +28,7 @@ def draw(summary: Records, dense: float) -> bytes:
                    len(repairs))
         panel.axvline(dense, color="#555555", linestyle="--", linewidth=1, label="dense")
         if log_axis([dense, *(s["perplexity"] for s in own)]):
-            _logarithmic(panel)
+            logarithmic(panel)
         panel.set(title=f"{ratio:.0%} removed", xlabel="perplexity")
         panel.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
@@ -52,11 +52,12 @@ def _marks(panel: Any, entries: Records, methods: list[str], repair: str, number
                    elinewidth=1, label=repair)
 
 
-def _logarithmic(panel: Any) -> None:
+def logarithmic(panel: Any, axis: str = "x") -> None:
     """A logarithmic axis with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    getattr(panel, f"set_{axis}scale")("log")
+    own = getattr(panel, f"{axis}axis")
+    own.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    own.set_minor_formatter(NullFormatter())

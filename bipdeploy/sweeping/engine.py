@@ -18,6 +18,7 @@ from typing import Any
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths of a recipe stay what they are
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each trial keeps its own record
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new kind prints a banner at verbosity 0
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the sweep; it can be taken up again
 
 import ray
@@ -109,6 +110,9 @@ class _Completed(tune.Callback):
 
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray keeps a copy to take its own record up again, which is never done here
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._tell(trial.config["trial"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from bipdeploy.comparing.plot import COLOURS, MARKS
+from bipdeploy.comparing.plot import COLOURS, MARKS, logarithmic
 from bipdeploy.comparing.results import log_axis
 from bipdeploy.sweeping.results import QUALITY, Trials, front, measures
 
@@ -42,10 +42,7 @@ def _panel(panel: Any, trials: Trials, figure: str, number: int) -> None:
         panel.annotate(labels[name], at[name], textcoords="offset points",
                        xytext=(6 if left else -6, 5), ha="left" if left else "right", fontsize=8)
     if log_axis([y for _, y in at.values()]):
-        from matplotlib.ticker import FuncFormatter
-
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        logarithmic(panel, "y")
     panel.grid(color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
 

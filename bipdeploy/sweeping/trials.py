@@ -12,6 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bipdeploy import artifacts, pipeline, recipe_file, sources
 from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.comparing.cells import dropped, used
@@ -117,7 +119,7 @@ def _choices(recipe: Recipe) -> Iterator[Choice]:
 
 def _trial(recipe: Recipe, arch: Architecture, choice: Choice) -> Trial:
     """The trial of a combination. Raises InputError where it cannot be run."""
-    settings = tuple(f"{name}={json.dumps(value)}"
+    settings = tuple(f"{name}={_written(value)}"
                      for name, value in _settings(recipe, arch, choice).items())
     label = ", ".join(_words(axis, value) for axis, value in choice.items())
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", label.replace("%", "")).strip("-.")[:80]
@@ -168,6 +170,13 @@ def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, A
                              "too; leave one of them out")
         found[name] = choice[name]
     return found
+
+
+def _written(value: Any) -> str:
+    """A value as `--set` reads it: a word as it is, all else as JSON."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", value)
+    # YAML takes words such as `no` for something else.
+    return value if plain and yaml.safe_load(value) == value else json.dumps(value)
 
 
 def _flat(sections: Mapping[str, Any], at: str = "") -> dict[str, Any]:
