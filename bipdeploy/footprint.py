@@ -77,10 +77,10 @@ def writes(s: Sizes) -> dict[str, float]:
 
 
 def memory(s: Sizes) -> dict[str, float]:
-    """Peak bytes of each stage beside the libraries' own: embeddings, one block, and the windows'
-    hidden states where it walks; whole models where it evaluates and times them."""
+    """Peak bytes of each stage beside the libraries' own: the embedding table, or two blocks, and
+    the windows' hidden states where it walks; whole models where it evaluates and times them."""
     recipe, arch, value = s.recipe, s.dense, s.computed
-    embeddings = value * arch.vocabulary * arch.hidden
+    table = arch.vocabulary * arch.hidden
     block = max(arch.block_parameters(i) for i in range(len(arch.blocks)))
     widest = max(arch.blocks, key=lambda w: w.intermediate)
     calibration = recipe.calibration
@@ -88,11 +88,13 @@ def memory(s: Sizes) -> dict[str, float]:
         not calibration.spill)
     batch = calibration.batch * calibration.tokens * value * (
         4 * arch.hidden + 3 * widest.intermediate + 4 * widest.heads * arch.head_dim)
-    walking = max(embeddings, block * value + batch) + 2 * windows
+    walking = max(s.stored * table, 2 * block * value + batch) + windows
     gradients = recipe.score.criterion.startswith("taylor")
     scoring = walking + gradients * windows * len(arch.blocks)
-    gram = 8 * 2 * max(widest.intermediate, widest.heads * arch.head_dim) ** 2
-    writing = s.stored * max(arch.vocabulary * arch.hidden, 2 * block)
+    inputs = max(max(w.intermediate, w.heads * arch.head_dim) for w in s.pruned.blocks)
+    gram = 8 * (2 * inputs ** 2 + 3 * inputs * arch.hidden)
+    writing = s.stored * max(table, 2 * block)
+    whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
     searching = 0.0
     if recipe.prune.layers == "searched":
         share = min(1.0, recipe.prune.search.windows / calibration.samples)
@@ -105,9 +107,10 @@ def memory(s: Sizes) -> dict[str, float]:
     logits = 2 * 4 * perplexity.batch * min(longest, arch.max_positions) * arch.vocabulary
     return {"score": scoring, "prune": max(writing, searching),
             "recover": 0.0 if recipe.recover.method == "none" else
-            walking + 2 * windows + block * value + gram + writing,
+            walking + 3 * windows + gram,
             "lora": _training(s) * recipe.lora.enabled,
-            "export": value * s.pruned.parameters() + writing,
+            "export": value * s.pruned.parameters() + writing if whole else
+            max(2 * block, block + 2 * table) * value,
             "evaluate": value * arch.parameters() + logits, "bench": both + cache,
             "gate": 0.0, "report": 0.0}
 

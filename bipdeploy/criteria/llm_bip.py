@@ -17,6 +17,8 @@ import torch
 from bipdeploy.blocks import Block
 from bipdeploy.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores
 
+ROWS = 256  # of a weight that are squared at once
+
 
 def influence(view: BlockView) -> Scores:
     """Influence of every group: heads [G], ffn [F]."""
@@ -37,7 +39,10 @@ def influence(view: BlockView) -> Scores:
 
 def channel_energy(down_DF: torch.Tensor, h_energy_F: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of |dy|^2 when channel k leaves, exactly: |Wd[:, k]|^2 * sum_t h[t, k]^2."""
-    return down_DF.double().square().sum(0) * h_energy_F
+    squares_F = torch.zeros_like(h_energy_F)
+    for rows in down_DF.split(ROWS):  # a copy of all in float64 would be as large as the block
+        squares_F += rows.double().square().sum(0)
+    return squares_F * h_energy_F
 
 
 def head_bound(view: BlockView) -> torch.Tensor:
