@@ -101,8 +101,8 @@ def run(recipe: Recipe, tasks: Sequence[Task], scheduler: Rivals, store: Path,
                                           callbacks=[_Completed(tell)])).fit()
         finally:
             shutil.rmtree(store, ignore_errors=True)
-    for task, result in zip(tasks, results, strict=True):
-        tell(task.name, result.error)
+    for number, task in enumerate(tasks):
+        tell(task.name, results[number].error)
 
 
 class _Completed(tune.Callback):
