@@ -230,6 +230,16 @@ def test_the_median_rule_is_applied_among_rivals_and_to_repaired_models_only():
     assert rivals.behind == {"c": 0.21}
 
 
+def test_a_trial_that_cannot_finish_leaves_a_record_of_why(tiny, tmp_path):
+    own = recipe(tiny, tmp_path, {"fields": {"calibration.samples": [16, 9999]}})
+    trial = trials.plan(own).trials[1]
+    running.run(command._task(own, trial, tmp_path))
+    record = running.read(tmp_path / "trials" / trial.name, trial.key)
+    assert record["state"] == "failed"
+    assert "calibration.samples: the text has" in record["why"]
+    assert not command._ended(own.sweep, record)
+
+
 # What is shown
 
 def finished(name: str, quality: float, prefill: float, decode: float | None = None) -> dict:

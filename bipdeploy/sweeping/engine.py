@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import socket
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from bipdeploy.sweeping import running
 from bipdeploy.sweeping.running import POINTS, Task
 
 _OBJECTS = 80 << 20  # bytes of Ray's object store, about its minimum: trials hand over files
+_DIED = ("its process died: it was killed, by hand or for want of memory; the same command runs it "
+         "again from its last stage")
 _CONNECT = 5.0  # seconds; Ray itself would try for minutes, then end the process
 
 
@@ -84,9 +88,12 @@ def run(recipe: Recipe, tasks: Sequence[Task], scheduler: Rivals, store: Path,
     def tell(name: str, error: BaseException | None = None) -> None:
         if name not in told:
             told.add(name)
-            ended(name, _why(error) if error else None)
+            died = isinstance(error, ray.exceptions.RayActorError)
+            ended(name, _DIED if died else _why(error) if error else None)
 
-    with cluster(engine, verbose):
+    # Ray prints to stdout, which is for results here.
+    with (cluster(engine, verbose),
+          redirect_stdout(sys.stderr if verbose else io.StringIO())):
         resources = _resources(recipe)
         try:
             results = tune.Tuner(
@@ -134,7 +141,7 @@ def cluster(engine: EngineSection, verbose: bool) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    level = logging.INFO if verbose else logging.ERROR
+    level = logging.INFO if verbose else logging.CRITICAL  # errors are in the trials' records
     logging.getLogger("ray").setLevel(level)
     options: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
     if engine.address is None:
