@@ -157,8 +157,9 @@ def cluster(engine: EngineSection, verbose: bool) -> Iterator[None]:
         if engine.address is None:
             raise StageError(f"Ray could not start on this machine: {_why(error)} Run again when "
                              "it is less busy; BIPDEPLOY_DEBUG=1 shows the traceback") from error
-        raise InputError(f"sweep.engine.address: no Ray cluster answers at {engine.address!r}: "
-                         f"{_why(error)}") from error
+        raise InputError(f"sweep.engine.address: no Ray cluster at {engine.address!r} lets this "
+                         f"user in: {_why(error)}; see that it runs, and that Ray's own "
+                         "authentication is set up here, too") from error
     try:
         yield
     finally:
