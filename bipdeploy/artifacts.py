@@ -164,14 +164,42 @@ def environment() -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def hardware() -> dict[str, Any]:
-    """CPU model, cores, memory in bytes, and the NVIDIA GPUs that the driver lists."""
-    gpus = [line.split(":", 1)[1].strip()
-            for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-            for line in path.read_text().splitlines() if line.startswith("Model")]
+    """CPU model, cores, memory in bytes, and the NVIDIA GPUs that CUDA may use here."""
     return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "gpus": gpus}
+            "gpus": visible_gpus(_driver_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))}
+
+
+def visible_gpus(names: list[str], visible: str | None) -> list[str]:
+    """Those of a machine's GPUs that CUDA_VISIBLE_DEVICES leaves; as CUDA does, the list ends at
+    the first number that is none. UUIDs stand for themselves."""
+    if visible is None:
+        return names
+    found = []
+    for part in filter(None, (part.strip() for part in visible.split(","))):
+        if part.lstrip("-").isdigit():
+            if not 0 <= int(part) < len(names):
+                break
+            found.append(names[int(part)])
+        else:
+            found.append(part)
+    return found
+
+
+def _driver_gpus() -> list[str]:
+    """The NVIDIA GPUs that the driver lists; where it has no files in /proc (WSL), nvidia-smi."""
+    listed = [line.split(":", 1)[1].strip()
+              for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+              for line in path.read_text().splitlines() if line.startswith("Model")]
+    if listed:
+        return listed
+    try:
+        said = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return said.split("\n")[:-1]
 
 
 def _cpu_name() -> str:

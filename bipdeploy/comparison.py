@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, NonNegativeInt, field_validator
 
 from bipdeploy.criteria import NAMES
 from bipdeploy.errors import did_you_mean
@@ -127,7 +127,7 @@ class CompareSection(Section):
         "`refit+lora` or `reselect+lora` (on the refitted one).")
     also: dict[str, list[str]] = Field(
         {}, description="Further repairs of single methods: method → repairs.")
-    seeds: list[int] = Field(
+    seeds: list[NonNegativeInt] = Field(
         [0, 1, 2], min_length=1, description="Each draws its own calibration windows and random "
         "scores.")
     data: list[str] = Field(
@@ -164,12 +164,6 @@ class CompareSection(Section):
         refuse(also, _method_fault)
         refuse([name for names in also.values() for name in names], repair_fault)
         return also
-
-    @field_validator("seeds")
-    @classmethod
-    def _not_negative(cls, seeds: list[int]) -> list[int]:
-        refuse(map(str, seeds), lambda seed: f"{seed} is below 0" if int(seed) < 0 else None)
-        return seeds
 
     def repairs_of(self, propagation: str) -> dict[Method, list[str]]:
         """The repairs of every method, LLM-BIP without a propagation getting `propagation`."""

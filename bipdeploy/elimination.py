@@ -10,12 +10,12 @@ Shapes: K inputs of a projection, in groups of `size`; D outputs.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 RIDGE = 0.01  # of the refits in between; a share of the mean energy of the inputs
 ROUNDS = 32  # fewer groups than this leave one by one
+STEP = 1e-12  # by which costs rise at least, of their size: a root or a quotient keeps it
+LEAST = 1e-250  # of all costs
 
 
 def costs(gram_KK: torch.Tensor, weight_DK: torch.Tensor, size: int = 1, *,
@@ -26,14 +26,11 @@ def costs(gram_KK: torch.Tensor, weight_DK: torch.Tensor, size: int = 1, *,
     with all inputs there. Returns [K / size], float64 on the CPU. Costs rise strictly in the order
     of removal, so that the dearest n are the n that stay, whatever n is.
     """
-    gram = gram_KK.double()
-    damping = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram), dtype=gram.dtype,
-                                                          device=gram.device))
+    inverse = _damped_inverse(gram_KK, ridge)
     weight_KD = weight_DK.double().T
-    count = len(gram) // size
+    count = len(gram_KK) // size
     found = torch.zeros(count, dtype=torch.float64)
-    left, highest = torch.arange(count, device=gram.device), 0.0
+    left, highest = torch.arange(count, device=gram_KK.device), 0.0
     while len(left):
         own = _diagonal_blocks(inverse, size)
         parts = weight_KD.reshape(len(left), size, -1)
@@ -42,15 +39,24 @@ def costs(gram_KK: torch.Tensor, weight_DK: torch.Tensor, size: int = 1, *,
         gone, rest = order.split([per := min(-(-count // rounds), len(left)), len(left) - per])
         rest = rest.sort().values
         for group, value in zip(left[gone].tolist(), cost[gone].tolist(), strict=True):
-            highest = max(value, math.nextafter(highest, math.inf))
+            highest = max(value, highest * (1 + STEP), LEAST)
             found[group] = highest
         out, stay = _columns(gone, size), _columns(rest, size)
-        across = inverse[stay][:, out]
-        take_over = torch.linalg.solve(inverse[out][:, out], across.T).T
-        weight_KD = weight_KD[stay] - take_over @ weight_KD[out]
-        inverse = inverse[stay][:, stay] - take_over @ across.T
+        across = inverse[stay[:, None], out]
+        take_over = torch.linalg.solve(inverse[out[:, None], out], across.T).T
+        weight_KD = weight_KD[stay].addmm_(take_over, weight_KD[out], alpha=-1)
+        inverse = inverse[stay[:, None], stay].addmm_(take_over, across.T, alpha=-1)
         left = left[rest]
     return found
+
+
+def _damped_inverse(gram_KK: torch.Tensor, ridge: float) -> torch.Tensor:
+    """(Z'Z + ridge mean(diag Z'Z) I)^-1 in float64. At 7B each copy would take a gigabyte."""
+    damped = gram_KK.to(torch.float64, copy=True)
+    diagonal = damped.diagonal()
+    diagonal += ridge * diagonal.mean().clamp_min(1e-12)
+    torch.linalg.cholesky(damped, out=damped)
+    return torch.cholesky_inverse(damped)
 
 
 def _diagonal_blocks(matrix_KK: torch.Tensor, size: int) -> torch.Tensor:

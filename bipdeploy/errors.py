@@ -39,6 +39,13 @@ class GateError(BipdeployError):
     exit_code = GATE_FAILED
 
 
+def says_no_memory(text: str) -> bool:
+    """Whether a message is that of memory that ran out: PyTorch raises RuntimeError for a CPU
+    without memory, and another process leaves nothing but its words."""
+    return any(words in text.lower() for words in (
+        "out of memory", "can't allocate memory", "not enough memory"))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' where a known word is close to `word`; else the known words."""
     known = sorted(known)

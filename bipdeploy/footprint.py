@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy import artifacts, cost
+from bipdeploy.criteria import CRITERIA
 from bipdeploy.errors import StageError
 from bipdeploy.families import Architecture, BlockWidths, architecture
 from bipdeploy.recipe import Recipe
@@ -89,10 +90,15 @@ def memory(s: Sizes) -> dict[str, float]:
     batch = calibration.batch * calibration.tokens * value * (
         4 * arch.hidden + 3 * widest.intermediate + 4 * widest.heads * arch.head_dim)
     walking = max(s.stored * table, 2 * block * value + batch) + windows
-    gradients = recipe.score.criterion.startswith("taylor")
-    scoring = walking + gradients * windows * len(arch.blocks)
-    inputs = max(max(w.intermediate, w.heads * arch.head_dim) for w in s.pruned.blocks)
-    gram = 8 * (2 * inputs ** 2 + 3 * inputs * arch.hidden)
+    needs = CRITERIA[recipe.score.criterion].needs
+    # Sums over all pairs of inputs, their inverse, and what a round leaves of it; float64.
+    dense_inputs, inputs = (max(max(w.intermediate, w.heads * arch.head_dim) for w in a.blocks)
+                            for a in (arch, s.pruned))
+    jointly = 8 * 3 * dense_inputs * (dense_inputs + arch.hidden)
+    scoring = (walking + ("gradients" in needs) * windows * len(arch.blocks)
+               + ("outer" in needs) * jointly)
+    gram = (jointly if recipe.recover.refit.reselect and recipe.recover.method == "refit"
+            else 8 * (2 * inputs ** 2 + 3 * inputs * arch.hidden))
     writing = s.stored * max(table, 2 * block)
     whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
     searching = 0.0
@@ -117,16 +123,17 @@ def memory(s: Sizes) -> dict[str, float]:
 
 def _training(s: Sizes) -> float:
     """Peak bytes of training adapters: the whole model, the teacher beside it where there is one,
-    and a pass's activations, kept for every block unless they are computed again."""
+    and a pass's activations, kept for every block unless they are computed again; in the end the
+    merged model beside the one with adapters."""
     lora, arch = s.recipe.lora, s.pruned
     tokens = -(-lora.batch // (lora.accumulation * lora.processes)) * lora.tokens
     kept = 1 if lora.gradient_checkpointing else len(arch.blocks)
     widest = max(arch.blocks, key=lambda w: w.intermediate)
     block = tokens * s.computed * (6 * arch.hidden + 4 * widest.intermediate
                                    + 4 * widest.heads * arch.head_dim)
-    return (s.computed * (arch.parameters() + s.dense.parameters()
-                          * bool(lora.distillation.weight))
-            + block * kept + 3 * 4 * tokens * arch.vocabulary)
+    model, logits = s.computed * arch.parameters(), 3 * 4 * tokens * arch.vocabulary
+    teacher = s.computed * s.dense.parameters() * bool(lora.distillation.weight)
+    return model + logits + max(teacher + block * kept, model)
 
 
 def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]:
@@ -143,8 +150,12 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     scoring = passes
     if recipe.score.propagation == "measured":
         scoring += sum(w.kv_heads * 6 * tokens * arch.hidden * w.intermediate for w in arch.blocks)
-    if recipe.score.criterion.startswith("taylor"):
+    needs = CRITERIA[recipe.score.criterion].needs
+    if "gradients" in needs:
         scoring += 3 * passes
+    if "outer" in needs:  # the sums, their inverse, and the rounds
+        scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
+                       for size in (w.heads * arch.head_dim, w.intermediate))
     searching = 0.0
     if recipe.prune.layers == "searched":
         share = min(1.0, recipe.prune.search.windows / calibration.samples)

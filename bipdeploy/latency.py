@@ -94,6 +94,7 @@ def key(config: Mapping[str, Any], section: ModelSection, batch: int, context: i
     arch, environment = architecture(config), artifacts.environment()
     hardware = environment["hardware"]
     shape = {**asdict(arch), "family": arch.family.model_type,
+             "sliding_window": config.get("sliding_window"),
              "blocks": [list(asdict(w).values()) for w in arch.blocks]}
     return {"format": FORMAT, "hardware": hardware,
             "libraries": {n: environment["libraries"][n] for n in ("torch", "transformers")},

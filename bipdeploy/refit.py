@@ -15,6 +15,14 @@ ROWS = 1024  # of a sum that are computed at once
 RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+def add_product(total_KD: torch.Tensor, a_NK: torch.Tensor, b_ND: torch.Tensor) -> None:
+    """Add a'b to a sum in float64, in place. By slices of rows: a whole product in both types
+    would be larger than the sum."""
+    for start in range(0, len(total_KD), ROWS):
+        rows = slice(start, start + ROWS)
+        total_KD[rows] += a_NK[:, rows].T @ b_ND
+
+
 @dataclass
 class RidgeProblem:
     """min over W of |R_ND - Z_NK W_DK'|^2 + ridge |W - W0|^2, from sums over batches.
@@ -38,11 +46,8 @@ class RidgeProblem:
         # Products in float32, sums in float64: exact enough at GPU speed, as windows are short.
         z = z_NK.flatten(0, -2).float()
         residual = target_ND.flatten(0, -2).float() - z @ self.start_DK.float().T
-        # By slices of rows: a whole product in both types would be larger than the sum.
-        for start in range(0, z.shape[1], ROWS):
-            rows = slice(start, start + ROWS)
-            self.gram_KK[rows] += z[:, rows].T @ z
-            self.cross_KD[rows] += z[:, rows].T @ residual
+        add_product(self.gram_KK, z, z)
+        add_product(self.cross_KD, z, residual)
         self.before += float(residual.double().square().sum())
 
     def absorb(self, other: RidgeProblem) -> None:

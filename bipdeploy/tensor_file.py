@@ -95,7 +95,8 @@ def entries(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, origin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
     begin, end = data_offsets
     if dtype not in TYPES:
-        raise ValueError(f"tensors of type {dtype} are not known")
+        raise InputError(f"{path} has tensors of type {dtype}, which are not read; store the "
+                         "model in bfloat16, float16 or float32")
     size = math.prod(shape) * TYPES[dtype][1]
     if end - begin != size or min(shape, default=0) < 0:
         raise ValueError("a tensor's shape and place do not agree")

@@ -74,6 +74,14 @@ def test_twins_leave_one_at_a_time():
     assert found[:2].max() > 1e-3 * found.max()
 
 
+def test_no_two_costs_are_equal_even_as_roots_of_shares():
+    """Else which of two stays would depend on where they stand in the model."""
+    z, weight = problem(96, 4, 2)
+    weight[:, :20] = 0
+    found = (elimination.costs(z.T @ z, weight, rounds=4) / 7e5).sqrt()
+    assert len(found.unique()) == 96 and found.isfinite().all()
+
+
 @torch.no_grad()
 def test_scores_are_relative_errors_of_the_block_output(variant):
     """Down to its last channel and head, the costs of a block's parts are those of `costs`."""

@@ -15,10 +15,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from bipdeploy import api, artifacts
+from bipdeploy import api, artifacts, pipeline
 from bipdeploy.console import Silent
 from bipdeploy.data.text import Text
-from bipdeploy.errors import InputError
+from bipdeploy.errors import InputError, StageError
 from bipdeploy.recipe import Recipe
 from bipdeploy.stages.evaluate import check_overlap
 from bipdeploy.tuning import launch
@@ -154,6 +154,14 @@ def test_a_text_that_cannot_be_trained_on(tmp_path, monkeypatch, sliced, content
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
+def test_a_text_that_cannot_be_trained_on_is_refused_before_the_first_stage(tmp_path):
+    arguments = [part for s in [*SHORT, "lora.tokens=256", "lora.validation.windows=9999999"]
+                 for part in ("--set", s)]
+    refused(bipdeploy_here("run", SMOKE, "--runs", tmp_path, *arguments), 2, "lora.data",
+            "9999999 + 4")
+    assert list((tmp_path / "smoke").iterdir()) == []
+
+
 def test_being_started_once_for_every_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(bipdeploy_here("run", SMOKE, "--runs", tmp_path), 2, "WORLD_SIZE is 2",
@@ -241,6 +249,17 @@ def test_an_interrupted_training_leaves_no_process_behind(tmp_path):
                      "--nproc-per-node=1", str(worker)], tmp_path / "log", Interrupted())
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], 0)
+
+
+@pytest.mark.slow
+def test_a_process_that_runs_out_of_memory_gives_the_advice_of_the_stage(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text("import torch\nraise torch.OutOfMemoryError('CUDA out of memory.')\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node=1", str(worker)]
+    with (pytest.raises(StageError, match=r"^stage lora ran out of memory; raise lora\."),
+          pipeline.finishing("lora")):
+        launch._run(command, tmp_path / "log", Silent())
 
 
 @pytest.mark.slow

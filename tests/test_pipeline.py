@@ -458,3 +458,10 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file with its size and time."""
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns)
             for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("visible", "left"), [
+    (None, ["A", "B"]), ("", []), ("-1", []), ("1", ["B"]), ("1,0", ["B", "A"]),
+    ("0,7,1", ["A"]), ("GPU-8f2", ["GPU-8f2"])])
+def test_the_gpus_are_those_that_cuda_may_use(visible, left):
+    assert artifacts.visible_gpus(["A", "B"], visible) == left

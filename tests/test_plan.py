@@ -331,3 +331,13 @@ def test_a_recipe_from_python_can_be_planned(tmp_path):
     recipe = Recipe.model_validate({"name": "here", "model": {"id": "builtin:pico"},
                                     "prune": {"ratio": 0.2, "round_to": 8}})
     assert plan.make(recipe, tmp_path).figures["block_parameters.ratio"] == pytest.approx(0.8, 0.02)
+
+
+def test_what_a_criterion_and_a_repair_hold_is_in_the_memory(tmp_path):
+    held = {name: planned(tmp_path, "hardware.gpu=H100", *overrides).stages for name, overrides in {
+        "bound": ["score.criterion=llm_bip"], "joint": ["score.criterion=llm_bip_joint"],
+        "again": ["score.criterion=llm_bip", "recover.refit.reselect=true"]}.items()}
+    widest = architecture(json.loads((PICO / "config.json").read_text())).blocks[0].intermediate
+    assert held["joint"]["score"].memory - held["bound"]["score"].memory >= 8 * 3 * widest ** 2
+    assert held["again"]["recover"].memory > held["bound"]["recover"].memory
+    assert held["joint"]["score"].seconds >= held["bound"]["score"].seconds

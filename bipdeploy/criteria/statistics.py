@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from bipdeploy.blocks import Block
+from bipdeploy.refit import add_product
 
 # Upper bound of |silu'|, reached near x = 2.4.
 SILU_LIPSCHITZ = 1.0999
@@ -60,6 +61,11 @@ class Statistics:
         self._add(f"{prefix}_sum", x.sum(0))
         self._add(f"{prefix}_square", x.square().sum(0))
 
+    def _add_outer(self, name: str, x: torch.Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+        add_product(self.sums[name], x, x)
+
     def variance(self, prefix: str) -> torch.Tensor:
         """Unbiased variance over all tokens of the inputs of o_proj (`z`) or down_proj (`h`)."""
         mean = self.sums[f"{prefix}_sum"] / self.tokens
@@ -79,7 +85,7 @@ class Statistics:
             self._add("z_gram", z_G.transpose(1, 2) @ z_G)
             self._add("z_gram_scaled", scaled.transpose(1, 2) @ scaled)
         if "outer" in self.needs:
-            self._add("z_outer", (z.T @ z).double())
+            self._add_outer("z_outer", z)
             self._add("inverse_energy", inverse_rms(u, self.eps).square().sum().double())
 
     def see_ffn(self, gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -90,8 +96,7 @@ class Statistics:
         if "moments" in self.needs:
             self._add_moments("h", gate * up)
         if "outer" in self.needs:
-            h = gate * up
-            self._add("h_outer", (h.T @ h).double())
+            self._add_outer("h_outer", gate * up)
         if "ffn_parts" in self.needs:
             self._add("gate_energy", gate.square().sum(0).double())
             self._add("up_energy", up.square().sum(0).double())

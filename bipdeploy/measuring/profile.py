@@ -97,7 +97,7 @@ def _variants(dense: BlockWidths) -> dict[str, BlockWidths]:
     found |= {f"ffn {f}": replace(dense, intermediate=f)
               for f in spread(dense.intermediate, 16)[:-1]}
     third = max(1, round(dense.kv_heads * 2 / 3))
-    return {**found, "check": replace(heads(third), intermediate=dense.intermediate * 2 // 3)}
+    return {**found, "check": replace(heads(third), intermediate=dense.intermediate * 11 // 16)}
 
 
 def _order(names: Sequence[str]) -> list[str]:

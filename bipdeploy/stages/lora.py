@@ -73,16 +73,17 @@ def run(job: Job) -> None:
     job.write_figures(figures)
 
 
+def check(recipe: Recipe, dense: Path) -> None:
+    """Refuse, before the stages that come first, what training could not start with."""
+    if recipe.lora.enabled:
+        launch.require_devices(recipe.lora.processes, compute_device(recipe.model))
+        read_windows(recipe, dense)
+
+
 def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
     """The task, its text read and cut, and where that came from."""
     recipe, section = job.recipe, job.recipe.lora
     windows, provenance = read_windows(recipe, job.inputs["dense"])
-    needed = section.validation.windows + section.batch
-    if len(windows) < needed:
-        raise InputError(f"lora.data: {section.data} gives {len(windows)} windows of "
-                         f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
-                         f"{section.validation.windows} + {section.batch}; lower them or "
-                         "lora.tokens, or give a longer text")
     training_windows, held = data.hold_back(windows, section.validation.windows, recipe.seed)
     provenance |= {"windows": [len(windows), section.tokens], "held_back": len(held),
                    "tokens_left_out": windows.cut, "seed": recipe.seed}
@@ -102,7 +103,8 @@ def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
 def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
     """All windows of the text to train on, by the model's tokenizer, and their provenance.
 
-    Running text is packed as perplexity reads it: documents joined by blank lines.
+    Running text is packed as perplexity reads it: documents joined by blank lines. Raises
+    InputError where there are too few.
     """
     section, split = recipe.lora, training_split(recipe)
     tokens = tokenizer(model)
@@ -123,6 +125,11 @@ def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
                      [data.plain(encode(part, True)) for part in source.documents if part.strip()])
     windows = (data.pack(documents, section.tokens) if section.packing
                else data.pad(documents, section.tokens, filler))
+    if len(windows) < section.validation.windows + section.batch:
+        raise InputError(f"lora.data: {section.data} gives {len(windows)} windows of "
+                         f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
+                         f"{section.validation.windows} + {section.batch}; lower them or "
+                         "lora.tokens, or give a longer text")
     return windows, {"data": source.name, "split": source.split, "format": section.format,
                      "text_sha256": source.sha256}
 

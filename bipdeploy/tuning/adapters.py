@@ -27,7 +27,7 @@ def adapted(folder: Path, section: LoraSection, dtype: torch.dtype, device: torc
     if not found & set(section.target_modules):
         raise InputError(f"lora.target_modules: {folder} has none of "
                          f"{', '.join(section.target_modules)} left; name others")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derived_seed(seed, "adapters"))
         return get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=section.rank, lora_alpha=section.alpha,  # type: ignore[arg-type]

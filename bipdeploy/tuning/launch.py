@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bipdeploy.console import Reporter
-from bipdeploy.errors import BAD_INPUT, InputError, StageError
+from bipdeploy.errors import BAD_INPUT, InputError, StageError, says_no_memory
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def train(task: Task, device: torch.device, reporter: Reporter) -> State:
 
 def _run(command: list[str], log: Path, reporter: Reporter) -> None:
     """Run the workers and pass on what they report on stdout; the rest of what they say goes to
-    `log`. Raises what the first one raised."""
+    `log`. Raises what the first one raised, MemoryError where it ran out of memory."""
     # What this process imports the package from must also be what the workers import.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("wb") as said:
@@ -96,8 +96,10 @@ def _run(command: list[str], log: Path, reporter: Reporter) -> None:
         kind = InputError if failure["exit_code"] == BAD_INPUT else StageError
         raise kind(failure["message"])
     if code:
-        raise StageError(f"a training process ended with status {code}: "
-                         f"{_cause(log.read_text('utf-8', 'replace').splitlines())}")
+        cause = _cause(log.read_text("utf-8", "replace").splitlines())
+        if says_no_memory(cause):
+            raise MemoryError(cause)
+        raise StageError(f"a training process ended with status {code}: {cause}")
 
 
 def _cause(lines: Sequence[str]) -> str:
