@@ -57,7 +57,7 @@ def whole_statistics(folder: Path, needs: frozenset[str]) -> list[Statistics]:
             x, z, u, gate, up, y = (caught[index, name] for name in ("x", "z", "u", "gate", "up",
                                                                      "y"))
             statistics.see_attention(z, u)
-            statistics.see_ffn(gate, up)
+            statistics.see_ffn(gate, up, gate * up)
             statistics.see_output(y)
             statistics.see_flow(x, u, y)
     return found

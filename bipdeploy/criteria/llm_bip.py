@@ -15,9 +15,13 @@ from __future__ import annotations
 import torch
 
 from bipdeploy.blocks import Block
-from bipdeploy.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores
-
-ROWS = 256  # of a weight that are squared at once
+from bipdeploy.criteria.statistics import (
+    SILU_LIPSCHITZ,
+    BlockView,
+    Scores,
+    pieces,
+    squares,
+)
 
 
 def influence(view: BlockView) -> Scores:
@@ -39,10 +43,7 @@ def influence(view: BlockView) -> Scores:
 
 def channel_energy(down_DF: torch.Tensor, h_energy_F: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of |dy|^2 when channel k leaves, exactly: |Wd[:, k]|^2 * sum_t h[t, k]^2."""
-    squares_F = torch.zeros_like(h_energy_F)
-    for rows in down_DF.split(ROWS):  # a copy of all in float64 would be as large as the block
-        squares_F += rows.double().square().sum(0)
-    return squares_F * h_energy_F
+    return squares(down_DF) * h_energy_F
 
 
 def head_bound(view: BlockView) -> torch.Tensor:
@@ -76,9 +77,17 @@ def ffn_input_gain(block: Block, gate_F: torch.Tensor, up_F: torch.Tensor) -> to
     `gate_F` and `up_F` are magnitudes of silu(gate) and up; L bounds the slope of silu.
     """
     mlp = block.layer.mlp
-    reach_F = mlp.down_proj.weight.float().square().sum(0).sqrt()
-    return ((reach_F * up_F * SILU_LIPSCHITZ) @ mlp.gate_proj.weight.float().abs()
-            + (reach_F * gate_F) @ mlp.up_proj.weight.float().abs())
+    reach_F = squares(mlp.down_proj.weight).sqrt().float()
+    return (_through(reach_F * up_F * SILU_LIPSCHITZ, mlp.gate_proj.weight)
+            + _through(reach_F * gate_F, mlp.up_proj.weight))
+
+
+def _through(size_F: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
+    """size @ |weight|: [D]."""
+    parts = pieces(weight_FD)
+    sizes = size_F.split([len(part) for part in parts])
+    return torch.stack([size @ part.float().abs()
+                        for size, part in zip(sizes, parts, strict=True)]).sum(0)
 
 
 def output_gain(block: Block, gate_F: torch.Tensor, up_F: torch.Tensor, inverse: torch.Tensor

@@ -76,7 +76,7 @@ class Statistics:
         """Take in a batch of o_proj's inputs z [.., G*q*E] and attention outputs u [.., D]."""
         z = z.flatten(0, -2).float()
         if "energy" in self.needs:
-            self._add("z_energy", z.square().sum(0).double())
+            self._add("z_energy", squares(z))
         if "moments" in self.needs:
             self._add_moments("z", z)
         if "gram" in self.needs:
@@ -88,18 +88,18 @@ class Statistics:
             self._add_outer("z_outer", z)
             self._add("inverse_energy", inverse_rms(u, self.eps).square().sum().double())
 
-    def see_ffn(self, gate: torch.Tensor, up: torch.Tensor) -> None:
-        """Take in a batch of silu(gate) and up, both [.., F]."""
-        gate, up = gate.flatten(0, -2).float(), up.flatten(0, -2).float()
+    def see_ffn(self, gate: torch.Tensor, up: torch.Tensor, h: torch.Tensor) -> None:
+        """Take in a batch of silu(gate), up and their product h, all [.., F]."""
+        gate, up, h = (part.flatten(0, -2).float() for part in (gate, up, h))
         if "energy" in self.needs:
-            self._add("h_energy", (gate * up).square().sum(0).double())
+            self._add("h_energy", squares(h))
         if "moments" in self.needs:
-            self._add_moments("h", gate * up)
+            self._add_moments("h", h)
         if "outer" in self.needs:
-            self._add_outer("h_outer", gate * up)
+            self._add_outer("h_outer", h)
         if "ffn_parts" in self.needs:
-            self._add("gate_energy", gate.square().sum(0).double())
-            self._add("up_energy", up.square().sum(0).double())
+            self._add("gate_energy", squares(gate))
+            self._add("up_energy", squares(up))
 
     def see_output(self, y: torch.Tensor) -> None:
         """Take in a batch of block outputs y [.., D]."""
@@ -127,6 +127,20 @@ class Statistics:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.sums[name]
+
+
+def pieces(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Slices of rows [.., K], so that what is made from one is small. On a CPU it stays in the
+    cache: to make a whole new matrix of a block's size takes several times as long."""
+    return x.split(64 if x.device.type == "cpu" else 1024)
+
+
+def squares(x_NK: torch.Tensor) -> torch.Tensor:
+    """Sums of the squares of every column [K], float64."""
+    total_K = x_NK.new_zeros(x_NK.shape[1], dtype=torch.float64)
+    for rows in pieces(x_NK):
+        total_K += rows.float().square().sum(0)
+    return total_K
 
 
 def inverse_rms(u: torch.Tensor, eps: float) -> torch.Tensor:

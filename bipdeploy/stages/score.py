@@ -195,8 +195,9 @@ def _see(block: Block, statistics: Statistics, x: torch.Tensor) -> torch.Tensor:
     y = u
     if block.has_ffn:
         gate, up = block.ffn_parts(u)
-        statistics.see_ffn(gate, up)
-        y = u + block.down(gate * up)
+        h = gate * up
+        statistics.see_ffn(gate, up, h)
+        y = u + block.down(h)
     statistics.see_output(y)
     statistics.see_flow(x, u, y)
     return y
