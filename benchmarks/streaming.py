@@ -135,7 +135,7 @@ def _timed(run: Callable[[], Any]) -> dict[str, float]:
 def table(record: dict[str, Any]) -> str:
     """What was found, as Markdown."""
     lines = ["| stage | seconds | peak resident, GiB | anonymous, GiB | read, GiB |",
-             "|---|---|---|---|---|"]
+             "|---|---|---|---|---|"] if record["stages"] else []
     for stage, found in record["stages"].items():
         sizes = (found[key] / 2**30 for key in ("peak_bytes", "peak_anonymous_bytes", "read_bytes"))
         cells = " | ".join(f"{size:.2f}" for size in sizes)

@@ -56,11 +56,14 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
 
     from bipdeploy import console, preflight, recipe_file
     from bipdeploy.errors import InputError, RecipeError
+    from bipdeploy.sweeping import trials
 
     faulty = []
     for path in recipes:
         try:
-            preflight.check_offline(recipe_file.load(path, settings or []))
+            recipe = recipe_file.load(path, settings or [])
+            preflight.check_offline(recipe)
+            trials.check_offline(recipe)
             console.out.print("[green]ok[/] ", escape(str(path)))
         except InputError as error:
             named = isinstance(error, RecipeError) or str(path) in str(error)

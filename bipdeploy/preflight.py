@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from bipdeploy import latency, sources, targets, tasks
@@ -96,7 +95,7 @@ def check_tasks(recipe: Recipe) -> None:
 
 def check_offline(recipe: Recipe) -> None:
     """All of `preflight` that needs no network: a model on the hub is not looked at."""
-    if recipe.model.id.startswith("builtin:") or Path(recipe.model.id).expanduser().exists():
+    if sources.is_local(recipe.model.id):
         dense = sources.model_folder(recipe.model.id)
         preflight(recipe, read_config(dense))
         Checkpoint(dense).verify()

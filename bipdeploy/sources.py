@@ -47,6 +47,11 @@ def model_folder(model: str, revision: str | None = None, *, code: bool = False,
     return _download(model, revision, patterns if weights else ["config.json"])
 
 
+def is_local(model: str) -> bool:
+    """Whether a model needs no hub."""
+    return model.startswith("builtin:") or Path(model).expanduser().exists()
+
+
 def config_of(section: ModelSection) -> tuple[dict[str, Any], Path | None]:
     """A model's config and folder, without its weights.
 

@@ -204,3 +204,14 @@ def test_the_api_is_not_hidden_by_packages_of_the_same_name():
            "for module in pkgutil.iter_modules(bipdeploy.__path__):\n"
            "    importlib.import_module(f'bipdeploy.{module.name}')\n"
            "assert all(map(callable, (getattr(bipdeploy, name) for name in bipdeploy.__all__)))")
+
+
+def test_check_finds_what_a_sweep_could_not_run():
+    fields = ["--set", "sweep.ratios=[0.2,0.3]", "--set"]
+    for setting, fault in (
+            ("sweep.fields={prune.rato: [0.1, 0.2]}",
+             "sweep.fields.prune.rato: unknown field (did you mean 'ratio'?)"),
+            ("sweep.fields={calibration.tokens: [8, 9999]}", "calibration.tokens: 9999 is longer")):
+        done = bipdeploy_here("check", SMOKE, *fields, setting)
+        assert done.returncode == 2 and message(done)[1].strip().startswith(fault)
+    assert bipdeploy_here("check", SMOKE, *fields, "seed=1").returncode == 0

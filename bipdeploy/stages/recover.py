@@ -157,6 +157,7 @@ def refit_block(dense: Callable[[], Block], pruned: Block, x_dense: Batches, x_p
     if not after <= before:
         for name, weight in original.items():
             pruned.layer.get_parameter(name).data.copy_(weight)
+        del y_pruned  # what is kept has room for one set less
         y_pruned, after = keep(pruned(x) for x in x_pruned), before
     return y_dense, y_pruned, {"error_before": before / energy, "error_after": after / energy,
                                **(chosen if ridge == "auto" else {})}

@@ -85,6 +85,17 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(recipe, dense, tuple(made.values()))
 
 
+def check_offline(recipe: Recipe) -> None:
+    """All of `plan` that needs no network, where the section says what to vary."""
+    section = recipe.sweep
+    if not (section.ratios or section.criteria or section.layers or section.repairs
+            or section.fields):
+        return
+    _require_fields(recipe)
+    if sources.is_local(recipe.model.id):
+        plan(recipe)
+
+
 def _require_fields(recipe: Recipe) -> None:
     """Refuse names under `sweep.fields` that are no fields of a recipe. Raises RecipeError."""
     faults = []
