@@ -11,7 +11,8 @@ ONNX Runtime and vLLM, where installed. Dense and pruned take turns, and ratios 
 round. Beside each speed-up stands the ideal: the ratio of the bytes a decode step reads at least,
 or of a prefill's FLOPs. Speed does not depend on what the weights are, so they are random.
 
-Needs a checkout (no installation), torch and transformers, and a C compiler for torch.compile.
+Needs bipdeploy (`pip install -e . --no-deps` beside a machine's own torch and transformers) and a
+C compiler for torch.compile.
 """
 
 from __future__ import annotations

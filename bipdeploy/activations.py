@@ -44,8 +44,8 @@ def keeping(folder: Path, spill: bool, needed: int) -> Iterator[Keep]:
         return
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise StageError(f"calibration.spill: {needed / 2**30:.1f} GiB of activations are to be "
-                         f"kept in {folder}, where {free / 2**30:.1f} GiB are free; lower "
+        raise StageError(f"calibration.spill: {needed / 1e9:.3g} GB of activations are to be "
+                         f"kept in {folder}, where {free / 1e9:.3g} GB are free; lower "
                          "calibration.samples, or give another folder with --runs or --out")
     with tempfile.TemporaryDirectory(prefix="activations-", dir=folder) as scratch:
         yield lambda batches: Spilled(Path(scratch), batches)

@@ -10,15 +10,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bipdeploy import artifacts, latency, pipeline, recipe_file, sources
-from bipdeploy.checkpoint import Checkpoint
+from bipdeploy import artifacts, footprint, latency, pipeline, recipe_file, sources, targets
+from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.comparing.command import Compared
 from bipdeploy.comparing.command import compare as compared
 from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
+from bipdeploy.families import architecture
 from bipdeploy.latency import Table
 from bipdeploy.recipe import Recipe
 from bipdeploy.sweeping.command import Swept
@@ -156,7 +157,8 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
     if found is None:
         from bipdeploy.measuring import profile as measuring
 
-        found = measuring.obtain(key, config, recipe.model, reporter, cache, force=force)
+        with pipeline.finishing("profile"):
+            found = measuring.obtain(key, config, recipe.model, reporter, cache, force=force)
     return found
 
 
@@ -167,9 +169,24 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
     if "dense" in pipeline.STAGES[name].inputs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
                                                code=recipe.model.trust_remote_code)
-        Checkpoint(inputs["dense"]).verify()
+    for artefact in ("dense", *pipeline.ARTEFACTS):
+        if artefact in inputs:
+            Checkpoint(inputs[artefact]).verify()
+    _require_space(name, recipe, inputs, Path(out))
     pipeline.run_stage(name, recipe, inputs, Path(out), "", reporter or Silent())
     return Path(out)
+
+
+def _require_space(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> None:
+    """Refuse a stage that writes a model where there is no room for it. Raises StageError."""
+    read = next((inputs[n] for n in ("sliced", "repaired", "pruned") if n in inputs), None)
+    if read is not None:
+        config = read_config(read)
+        footprint.require_space(recipe, config, architecture(config).blocks, [name], out, "--out")
+    elif name == "prune":
+        config = read_config(inputs["dense"])
+        footprint.require_space(recipe, config, targets.planned(recipe, config)[1], [name], out,
+                                "--out")
 
 
 def _stage_recipe(model: str, settings: Sequence[str]) -> Recipe:

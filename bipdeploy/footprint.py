@@ -216,11 +216,12 @@ def space(needed: Mapping[str, float], due: Sequence[str], folder: Path) -> tupl
 
 
 def require_space(recipe: Recipe, config: Mapping[str, Any], widths: Sequence[BlockWidths],
-                  due: Sequence[str], folder: Path) -> None:
-    """Raise StageError where what the stages `due` write, at these widths, does not fit."""
+                  due: Sequence[str], folder: Path, option: str = "--runs") -> None:
+    """Raise StageError where what the stages `due` write, at these widths, does not fit.
+    `option`: what gives another folder."""
     pruned = replace(architecture(config), blocks=tuple(widths))
     needed, free = space(writes(sizes(recipe, config, pruned)), due, folder)
     if needed > free:
-        raise StageError(f"the run writes about {needed / 1e9:.3g} GB to {folder}, and "
+        raise StageError(f"about {needed / 1e9:.3g} GB will be written to {folder}, and "
                          f"{free / 1e9:.3g} GB are free there; free some space, or give another "
-                         "folder with --runs")
+                         f"folder with {option}")

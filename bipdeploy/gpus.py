@@ -33,6 +33,6 @@ def find(name: str) -> Gpu:
     """The GPU of a name, whatever its case. Raises ValueError that says what is known."""
     wanted = name.upper().replace("-", " ").replace("_", " ").strip()
     for gpu in GPUS.values():
-        if wanted in (gpu.name, gpu.name.replace(" ", "")):
+        if wanted in (gpu.name, gpu.name.replace(" ", ""), gpu.name.removeprefix("RTX ")):
             return gpu
     raise ValueError(f"no GPU is called {name!r}{did_you_mean(wanted, GPUS)}")

@@ -98,7 +98,8 @@ def key(config: Mapping[str, Any], section: ModelSection, batch: int, context: i
              "blocks": [list(asdict(w).values()) for w in arch.blocks]}
     return {"format": FORMAT, "hardware": hardware,
             "libraries": {n: environment["libraries"][n] for n in ("torch", "transformers")},
-            "device": section.device if hardware["gpus"] else "cpu", "dtype": section.dtype,
+            "device": "cpu" if section.device == "auto" and not hardware["gpus"]
+            else section.device, "dtype": section.dtype,
             "stored": str(config.get("dtype") or config.get("torch_dtype")),
             "threads": os.environ.get("OMP_NUM_THREADS") or str(hardware["cores"]),
             "shape": shape, "batch": batch, "context": context}

@@ -40,7 +40,7 @@ class Stage:
     """A row of the pipeline.
 
     `sections` are the recipe's fields that change the result; `inputs` the artefacts that are
-    read (see `_ARTEFACTS`); `timed` results hold for this machine only; `libraries` are those
+    read (see `ARTEFACTS`); `timed` results hold for this machine only; `libraries` are those
     that matter to this stage alone; `searched` are more sections where widths are searched;
     `checked` stages have a `check(recipe, dense)` for what would fail after the earlier stages.
     """
@@ -88,7 +88,7 @@ _REPAIRED = ("recover/model", "prune/model")
 _PRUNED = ("lora/model", *_REPAIRED)
 
 # Artefacts that are models: where they are below the run, the first that exists.
-_ARTEFACTS: dict[str, tuple[str, ...]] = {
+ARTEFACTS: dict[str, tuple[str, ...]] = {
     "sliced": ("prune/model",),
     "repaired": _REPAIRED,
     "pruned": _PRUNED,
@@ -135,6 +135,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     """
     names = _selection(start, until)
     require_one_process()
+    preflight(recipe, sources.config_of(recipe.model)[0])  # before gigabytes are fetched
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
     preflight(recipe, config := read_config(dense))
@@ -170,7 +171,8 @@ def profiled(recipe: Recipe, config: Mapping[str, Any], reporting: Reporting | N
     key = targets.table_key(recipe, config)
     if key and not latency.lookup(key):
         profile = importlib.import_module("bipdeploy.measuring.profile")
-        with (reporting("profile") if reporting else nullcontext(Silent())) as reporter:
+        with (reporting("profile") if reporting else nullcontext(Silent())) as reporter, (
+                finishing("profile")):
             profile.obtain(key, config, recipe.model, reporter)
     return targets.planned(recipe, config)[1]
 
@@ -246,6 +248,7 @@ def finishing(name: str) -> Iterator[None]:
 # What to change where a stage runs out of memory.
 _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
 _SMALLER = {
+    "profile": "lower the batch or the context that are asked for",
     "score": _WALKS, "recover": _WALKS,
     "prune": f"{_WALKS}; with layers: searched, lower prune.search.windows",
     "lora": "raise lora.accumulation, lower lora.tokens, or set lora.gradient_checkpointing: true",
@@ -273,7 +276,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     """A hash of all that a stage's result depends on: its sections, inputs, code and libraries."""
     stage = STAGES[name]
     upstream = {part.split("/")[0] for artefact in stage.inputs
-                for part in _ARTEFACTS.get(artefact, (artefact,))}
+                for part in ARTEFACTS.get(artefact, (artefact,))}
     environment = artifacts.environment()
     sections = stage.sections + stage.searched * (recipe.prune.layers == "searched")
     parts: dict[str, Any] = {
@@ -314,7 +317,7 @@ def resolve(name: str, folder: Path, dense: Path) -> dict[str, Path]:
     """The folders that a stage reads, within one run."""
     found = {}
     for artefact in STAGES[name].inputs:
-        places = _ARTEFACTS.get(artefact, (artefact,))
+        places = ARTEFACTS.get(artefact, (artefact,))
         candidates = [dense] if artefact == "dense" else [folder / place for place in places]
         found[artefact] = next((p for p in candidates if p.is_dir()), candidates[-1])
     return found

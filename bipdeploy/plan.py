@@ -76,9 +76,10 @@ class Plan:
 
 
 def make(recipe: Recipe, runs: Path) -> Plan:
-    """Plan a recipe; `runs` is where its finished run may be. Raises InputError as `run` would."""
+    """Plan a recipe; `runs` is where its finished run may be. Raises InputError as `run` would,
+    but for what is not installed here."""
     config, dense = sources.config_of(recipe.model)
-    preflight(recipe, config)
+    preflight(recipe, config, here=False)
     arch = architecture(config)
     parallel = recipe.hardware.tensor_parallel
     target, widths = targets.planned(recipe, config)

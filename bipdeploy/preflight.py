@@ -16,8 +16,11 @@ from bipdeploy.recipe import Recipe
 from bipdeploy.recipe_target import ShapeSection
 
 
-def preflight(recipe: Recipe, config: Mapping[str, Any]) -> None:
-    """Refuse what cannot work before the first expensive step. Raises InputError."""
+def preflight(recipe: Recipe, config: Mapping[str, Any], *, here: bool = True) -> None:
+    """Refuse what cannot work before the first expensive step. Raises InputError.
+
+    `here` is False where nothing will run: what is installed on this machine plays no part then.
+    """
     arch = architecture(config)
     if recipe.model.shape:
         _same_shape(config, recipe.model.shape)
@@ -33,7 +36,8 @@ def preflight(recipe: Recipe, config: Mapping[str, Any]) -> None:
         raise InputError(f"lora.tokens: {recipe.lora.tokens} is longer than the model's maximum of "
                          f"{arch.max_positions}; lower it")
     check_texts(recipe)
-    check_tasks(recipe)
+    if here:
+        check_tasks(recipe)
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
     if perplexity.enabled:
         for window in perplexity.windows:
@@ -41,7 +45,8 @@ def preflight(recipe: Recipe, config: Mapping[str, Any]) -> None:
                 raise InputError(f"evaluate.perplexity.windows: {window} is longer than the "
                                  f"model's maximum of {arch.max_positions}; lower it or write max")
     if recipe.export.onnx.enabled:
-        installed.require(*installed.PACKAGES)
+        if here:
+            installed.require(*installed.PACKAGES)
         if recipe.export.onnx.dtype == "bfloat16" and recipe.model.device == "cpu":
             raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, and "
                              "model.device is cpu; use float32 or float16")

@@ -42,12 +42,12 @@ class HardwareSection(Section):
     gpu: str | None = Field(None, description="A GPU in bipdeploy/gpus.py, such as H100: what "
                             "`bipdeploy plan` estimates times for. No stage depends on it.")
 
-    @field_validator("gpu")
+    @field_validator("gpu", mode="before")
     @classmethod
-    def _known(cls, name: str | None) -> str | None:
+    def _known(cls, name: object) -> str | None:
         from bipdeploy.gpus import find
 
-        return name and find(name).name
+        return None if name is None else find(str(name)).name  # 4090 is a number in YAML
 
 
 class CalibrationSection(TextSection):

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,9 @@ def parse_bytes(value: object) -> int:
     found = _AMOUNT.fullmatch(str(value)) if not isinstance(value, bool) else None
     if not found or found[2].lower() not in _UNITS:
         raise ValueError(f"{value!r} is no amount of memory; write 9.0GB, 512MiB or bytes")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    if not math.isfinite(amount := float(found[1]) * _UNITS[found[2].lower()]):
+        raise ValueError(f"{value!r} is more memory than there is")
+    return int(amount)
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0), WithJsonSchema(

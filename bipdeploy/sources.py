@@ -83,7 +83,7 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise InputError(f"model.id: {model} asks for its licence to be accepted on the hub; do "
                          "that, then log in with `hf auth login`") from error
@@ -98,6 +98,11 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
     except (HfHubHTTPError, OSError) as error:
         line = str(error).strip().splitlines()[0]
         raise InputError(f"model.id: {model} could not be downloaded: {line}") from error
+    if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
+        raise InputError(f"model.id: {model} has no safetensors here: its repository has none, or "
+                         "only its config.json is in the hub cache and the hub cannot be reached; "
+                         "go online once, or give a folder that holds them")
+    return folder
 
 
 def fingerprint(folder: Path) -> str:

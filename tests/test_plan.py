@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bipdeploy import api, artifacts, pipeline, plan, recipe_file
+from bipdeploy import api, artifacts, pipeline, plan, recipe_file, sources
 from bipdeploy.allocation import global_widths, possible_widths
 from bipdeploy.divisibility import faults, group_faults
+from bipdeploy.errors import InputError
 from bipdeploy.families import BlockWidths, architecture
 from bipdeploy.gpus import GPUS
 from bipdeploy.pipeline import STAGES
@@ -102,6 +103,30 @@ def test_only_the_config_of_a_hub_model_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert planned(tmp_path, "model.id=org/name").pruned == planned(tmp_path).pruned
     assert asked == {"org/name": ["config.json"]}
+
+
+def test_a_plan_needs_none_of_the_libraries_that_a_run_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    settings = ["evaluate.zero_shot.enabled=true", "export.onnx.enabled=true"]
+    assert planned(tmp_path, *settings).pruned == planned(tmp_path).pruned
+    with pytest.raises(InputError, match="is not installed"):
+        api.run(SMOKE, settings, tmp_path)
+
+
+def test_a_run_fetches_no_weights_of_a_model_that_it_refuses(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *_, allow_patterns, **__: asked.append(allow_patterns) or str(PICO))
+    with pytest.raises(InputError, match=r"^calibration\.tokens: 9999"):
+        api.run(SMOKE, ["model.id=org/name", "calibration.tokens=9999"], tmp_path)
+    assert asked == [["config.json"]]
+
+
+def test_a_hub_cache_without_weights_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *_, **__: str(config_only(tmp_path / "cached")))
+    with pytest.raises(InputError, match=r"^model\.id: org/name has no safetensors here"):
+        sources.model_folder("org/name")
 
 
 # Global widths
@@ -305,6 +330,8 @@ def test_no_stage_depends_on_what_only_a_plan_reads():
 def test_a_gpu_is_known_by_name_and_others_are_one_line(tmp_path):
     shown = bipdeploy_here("plan", SMOKE, "--runs", tmp_path, "--gpu", "rtx4090").stdout
     assert "decode on RTX 4090, at least (roofline): " in shown
+    for name in ("--gpu=4090", "--set=hardware.gpu=4090"):
+        assert "on RTX 4090, " in bipdeploy_here("plan", SMOKE, "--runs", tmp_path, name).stdout
     refused(bipdeploy_here("plan", SMOKE, "--gpu", "H10"), 2, "--gpu: no GPU is called 'H10'",
             "did you mean 'H100'?")
     done = bipdeploy_here("plan", SMOKE, "--set", "hardware.gpu=L40")

@@ -191,6 +191,32 @@ def test_a_failed_case_leaves_the_others_alone(tmp_path, monkeypatch):
     assert "figures" in records["tiny/score"]
 
 
+def test_what_failed_before_comes_last(tmp_path, monkeypatch, capsys):
+    """It may fail again, and end the device for those behind it."""
+    def broken(*_: object) -> dict:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(torch_cases.Torch, "score", broken)
+    monkeypatch.setattr(command, "_alive", lambda _: False)
+    patterns = ("--only", "tiny/slice/50%", "--only", "tiny/score")
+    assert measure(tmp_path / "r.json", *patterns, monkeypatch=monkeypatch) == 1
+    assert "tiny/slice/50%" not in json.loads((tmp_path / "r.json").read_text())["records"]
+    assert measure(tmp_path / "r.json", *patterns, monkeypatch=monkeypatch) == 1
+    records = json.loads((tmp_path / "r.json").read_text())["records"]
+    assert "figures" in records["tiny/slice/50%"] and "failed" in records["tiny/score"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--table", "--out", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit) as ended:
+        command.main("", Grid(("7B",)), Sizes(), "cuda")
+    assert ended.value.code == 0 and "failed: ValueError" in capsys.readouterr().out
+
+
+def test_results_that_cannot_be_written_are_refused_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert measure(tmp_path / "file" / "r.json", monkeypatch=monkeypatch) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_dry_run_needs_no_gpu_and_no_torch():
     done = run("--dry-run")

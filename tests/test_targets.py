@@ -69,6 +69,7 @@ def test_other_amounts_are_refused(text):
     ("{flops: 0.2, memory: 1GB}", "here are flops and memory"),
     ("{flops: 1.2}", "prune.target.flops: 1.2 is not accepted"),
     ("{decode_speedup: 0.9}", "prune.target.decode_speedup: 0.9 is not accepted"),
+    ("{memory: 1e400}", "prune.target.memory: '1e400' is more memory than there is"),
     ("{memory: lots}", "prune.target.memory: 'lots' is no amount of memory"),
     ("{flop: 0.2}", "prune.target.flop: unknown field (did you mean 'flops'?)")])
 def test_a_wrong_target_is_a_fault_of_the_recipe(target, words):
@@ -267,9 +268,18 @@ def test_one_stage_needs_a_ratio_or_a_target(smoke, tmp_path):
 def test_a_run_that_does_not_fit_on_the_disk_is_refused_at_its_start(smoke, tmp_path, monkeypatch):
     whole = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: whole._replace(free=5_000_000))
-    with pytest.raises(StageError, match=r"writes about 0.0\d+ GB .* and 0.005 GB are free"):
+    with pytest.raises(StageError, match=r"about 0.0\d+ GB will be .* and 0.005 GB are free"):
         api.run(SMOKE, [], tmp_path)
     assert not (tmp_path / "smoke" / "score").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: whole._replace(free=50_000))
+    for stage, arguments in ((api.prune, ["builtin:pico", smoke.folder / "score"]),
+                             (api.recover, ["builtin:pico", smoke.folder / "prune"]),
+                             (api.export, [smoke.folder / "recover"])):
+        given = {"ratio": 0.3} if stage is api.prune else {}
+        with pytest.raises(StageError, match=r"5e-05 GB are free.* with --out$"):
+            stage(*arguments, tmp_path / "one", **given)
+        assert not (tmp_path / "one").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: whole._replace(free=5_000_000))
     shutil.copytree(smoke.folder, tmp_path / "smoke", dirs_exist_ok=True)
     assert api.run(SMOKE, [], tmp_path).ran == []  # all is there: nothing is written
     shown = bipdeploy_here("plan", SMOKE, "--runs", tmp_path / "other").stdout

@@ -62,6 +62,9 @@ def _run(arguments: argparse.Namespace, grid: Grid, sizes: Sizes, device: str) -
     if arguments.dry_run:
         print(listing(plan))
         return 0
+    if arguments.table and arguments.out:
+        print(table(read_json(arguments.out)["records"]))
+        return 0
     import torch
 
     from speed import hardware
@@ -120,7 +123,8 @@ def _measure(plan: list[tuple[Case, Sizes]], results: Results, device: Any, eage
 
     failed, left = 0, []
     torch_cases = Torch(device, plan[0][1], eager=eager)
-    for case, sizes in plan:
+    # What failed in an earlier run comes last: it may do so again, and take the device with it.
+    for case, sizes in sorted(plan, key=lambda pair: results.failed(str(pair[0]))):
         if results.done(str(case)):
             continue
         expected = results.expected_seconds(str(case), case.work(sizes))

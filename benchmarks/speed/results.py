@@ -22,6 +22,10 @@ class Results:
     """
 
     def __init__(self, path: Path, setup: Mapping[str, Any], command: str):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise artifacts.unwritable(path.parent, error) from error
         self.path, self.setup = path, artifacts.digest(setup)[:12]
         known = artifacts.read_json(path) if path.is_file() else {}
         self.records: dict[str, dict[str, Any]] = known.get("records", {})
@@ -34,11 +38,14 @@ class Results:
         record = self.records.get(case, {})
         return "figures" in record and record["setup"] == self.setup
 
+    def failed(self, case: str) -> bool:
+        record = self.records.get(case, {})
+        return "failed" in record and record["setup"] == self.setup
+
     def add(self, case: str, record: Mapping[str, Any]) -> None:
         """Keep a record: on the disk when this returns."""
         self.records[case] = {"setup": self.setup, **record}
         used = {own["setup"] for own in self.records.values()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         artifacts.write_json(self.path, {
             "commands": self._commands,
             "setups": {name: self._setups[name] for name in self._setups if name in used},

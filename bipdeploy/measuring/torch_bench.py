@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bipdeploy.blocks import compute_device, compute_dtype
 from bipdeploy.checkpoint import read_config
-from bipdeploy.errors import InputError, StageError
+from bipdeploy.errors import InputError, StageError, says_no_memory
 from bipdeploy.families import architecture
 from bipdeploy.figures import compared
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
@@ -122,6 +122,8 @@ def peak_memory(folder: Path, job: Job, section: TorchBench) -> float:
                            input=json.dumps(arguments), capture_output=True, text=True, check=False)
     if child.returncode:
         last = (child.stderr.strip() or "no output").splitlines()[-1]
+        if says_no_memory(last):
+            raise MemoryError(last)
         raise StageError(f"measuring the memory of {folder} failed: {last}")
     return float(json.loads(child.stdout.splitlines()[-1])["bytes"])
 
