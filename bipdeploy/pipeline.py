@@ -135,10 +135,12 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     """
     names = _selection(start, until)
     require_one_process()
-    preflight(recipe, sources.config_of(recipe.model)[0])  # before gigabytes are fetched
+    config, found = sources.config_of(recipe.model)
+    preflight(recipe, config)  # before gigabytes are fetched
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
-    preflight(recipe, config := read_config(dense))
+    if found is None:  # the recipe's shape stood in for the config
+        preflight(recipe, config := read_config(dense))
     Checkpoint(dense).verify()
     folder = runs / recipe.name
     _writable(folder)
