@@ -180,6 +180,7 @@ def test_a_tensor_of_another_shape(tmp_path, model, tensor):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["recover", "lora", "export", "evaluate", "bench"])
 def test_a_pruned_model_whose_tensor_has_another_shape(tmp_path, model, stage):
     weights, tensor = load_file(model / "model.safetensors"), "model.layers.5.mlp.down_proj.weight"
@@ -406,6 +407,7 @@ def test_a_json_file_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_file_that_the_system_will_not_let_grow_keeps_the_earlier_stages(tmp_path, words):
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

@@ -77,6 +77,7 @@ def test_a_run_trains_what_the_repair_left_and_exports_it(again, method):
     assert again(f"recover.method={method}", "gates.lora.loss.after.max=9").ran == []
 
 
+@pytest.mark.slow
 def test_another_step_count_reruns_from_lora_on(again):
     first = again(until="lora")
     assert first.ran == ["lora"]

@@ -317,6 +317,7 @@ def test_a_stage_that_runs_out_of_memory_says_what_to_lower(tmp_path, monkeypatc
 
 # Same in, same out
 
+@pytest.mark.slow
 def test_the_same_recipe_in_another_process_gives_the_same_bytes(smoke, tmp_path):
     code = "import sys, bipdeploy; bipdeploy.run(sys.argv[1], runs=sys.argv[2], until='recover')"
     python(code, SMOKE, tmp_path, env={"PYTHONHASHSEED": "11"})
