@@ -121,6 +121,7 @@ def test_no_weights(tmp_path, model, words):
             "has no model.safetensors")
 
 
+@pytest.mark.slow
 def test_nan_in_the_weights_and_a_cut_off_file_as_a_user_meets_them(tmp_path, model, words):
     path = model / "model.safetensors"
     weights = load_file(path)
@@ -304,6 +305,7 @@ def test_a_calibration_text_of_blanks(tmp_path, words):
     assert stages(tmp_path / "runs") == []
 
 
+@pytest.mark.slow
 def test_a_calibration_text_that_is_too_short(tmp_path, words):
     words.write_text("Only a few words. " * 20)
     refused(run(tmp_path / "runs", f"calibration.data={words}"), 2, "calibration.samples",

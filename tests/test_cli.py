@@ -113,6 +113,7 @@ def test_a_path_with_brackets_is_shown_as_it_is(smoke, tmp_path):
 
 # Exit code 1
 
+@pytest.mark.slow
 def test_a_stage_that_fails_exits_with_1_and_names_the_way_to_the_traceback(smoke, tmp_path):
     scores = shutil.copytree(smoke.folder / "score", tmp_path / "scores")
     (scores / "scores.json").write_text("{}")  # whole, but not what the stage wrote

@@ -310,6 +310,7 @@ def test_the_shipped_recipe_can_be_compared(recipe_path):
     assert len({cells.key(wanted, c) for c in wanted.cells}) == len(wanted.cells)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_that_fits_and_refuses_what_it_does_not_know(tmp_path, tiny):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe(tiny, tmp_path).model_dump_json())

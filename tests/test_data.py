@@ -194,6 +194,7 @@ def test_a_text_s_hash_tells_where_documents_end():
 
 # Hub sets
 
+@pytest.mark.slow
 def test_a_hub_set_without_the_hub_fails_in_one_line_that_names_the_local_text(tmp_path):
     done = bipdeploy("run", SMOKE, "--runs", tmp_path / "runs", "--set",
                      "calibration.data=wikitext2",

@@ -71,6 +71,7 @@ def test_gradients_pass_through_blocks_without_a_part(tiny, tmp_path, widths):
             torch.testing.assert_close(found.ffn, down + rows, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_there_are_never_gradients_of_more_than_one_block(tmp_path, monkeypatch):
     """At every step of the walk one block is alive, and it alone requires gradients."""
     model = tiny_model(tmp_path / "model", blocks=5)
