@@ -179,14 +179,13 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
 
 def _require_space(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> None:
     """Refuse a stage that writes a model where there is no room for it. Raises StageError."""
-    read = next((inputs[n] for n in ("sliced", "repaired", "pruned") if n in inputs), None)
-    if read is not None:
-        config = read_config(read)
-        footprint.require_space(recipe, config, architecture(config).blocks, [name], out, "--out")
-    elif name == "prune":
-        config = read_config(inputs["dense"])
-        footprint.require_space(recipe, config, targets.planned(recipe, config)[1], [name], out,
-                                "--out")
+    if name not in ("prune", "recover", "lora", "export"):
+        return
+    config = read_config(next(inputs[n] for n in ("sliced", "repaired", "pruned", "dense")
+                              if n in inputs))
+    widths = (targets.planned(recipe, config)[1] if name == "prune"
+              else architecture(config).blocks)
+    footprint.require_space(recipe, config, widths, [name], out, "--out")
 
 
 def _stage_recipe(model: str, settings: Sequence[str]) -> Recipe:

@@ -156,7 +156,6 @@ def sweep(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file."
         raise StageError("\n".join(f"trial {t['label']}: {t['why']}" for t in failed))
 
 
-
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context,
           path: Annotated[str, typer.Argument(

@@ -91,9 +91,10 @@ def check_offline(recipe: Recipe) -> None:
     if not (section.ratios or section.criteria or section.layers or section.repairs
             or section.fields):
         return
-    _require_fields(recipe)
     if sources.is_local(recipe.model.id):
         plan(recipe)
+    else:
+        _require_fields(recipe)
 
 
 def _require_fields(recipe: Recipe) -> None:
