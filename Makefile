@@ -3,6 +3,7 @@
 # make test-fast    set up, then run the tests that take seconds
 # make vllm         set up with vLLM: the CUDA build where there is an NVIDIA GPU, else the CPU build
 # make lint         style and types
+# make docs         set up, then build the documentation into build/docs
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup vllm quickstart test test-fast lint schema clean
+.PHONY: setup vllm quickstart test test-fast lint schema docs clean
 
 setup: $(VENV)/.installed
 
@@ -52,6 +53,10 @@ lint: setup
 
 schema: setup
 	$(BIN)/bipdeploy schema > recipes/schema.json
+
+# The variable silences MkDocs Material's advertisement of its successor, not a warning of ours.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build *.egg-info

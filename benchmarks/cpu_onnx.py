@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from bipdeploy import artifacts, console
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.families import architecture
 from bipdeploy.measuring import onnx_bench, torch_bench
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import architecture
 from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
+from bipdeploy.running import artifacts, machine
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of, pruned_of
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=33, help="tokens generated")
     parser.add_argument("--rounds", type=int, default=12)
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    machine.quiet_libraries()
     began, records = time.time(), []
     for shape in arguments.shapes:
         for ratio in arguments.ratios:
@@ -127,8 +127,8 @@ def main() -> None:
                             **export(dense, Path(work) / "onnx", arguments.style)})
             print(exports[-1])
     result = {"command": "python " + " ".join(sys.argv), "seconds": round(time.time() - began),
-              "threads": torch.get_num_threads(), "environment": artifacts.environment(),
-              "onnxruntime": artifacts.version_of("onnxruntime"), "records": records,
+              "threads": torch.get_num_threads(), "environment": machine.environment(),
+              "onnxruntime": machine.version_of("onnxruntime"), "records": records,
               "exports": exports}
     artifacts.write_json(arguments.out, result)
     if records:

@@ -21,12 +21,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bipdeploy import api, artifacts, console, recipe_file, tasks
+from bipdeploy import api
+from bipdeploy.cli import console
 from bipdeploy.comparing import results
-from bipdeploy.comparison import method
 from bipdeploy.data import text
 from bipdeploy.errors import BipdeployError, InputError
-from bipdeploy.recipe import Recipe
+from bipdeploy.measuring import tasks
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe import tasks as task_names
+from bipdeploy.recipe.methods import method
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.reporting.plotting import as_markdown
+from bipdeploy.running import artifacts, machine
 
 PUBLISHED = Path(__file__).with_name("published.json")
 MODELS = {"huggyllama/llama-7b": "LLaMA-7B", "lmsys/vicuna-7b-v1.3": "Vicuna-7B",
@@ -42,7 +48,7 @@ NOT_RUN = "not run"
 
 def main() -> int:
     asked = arguments()
-    console.quiet_libraries()
+    machine.quiet_libraries()
     try:
         return run(asked)
     except BipdeployError as error:
@@ -70,7 +76,7 @@ def run(asked: argparse.Namespace) -> int:
                 reasons[model] = str(error)
         pages.append(page(model, found, published["entries"], asked, reasons))
     artifacts.write_json(asked.out / "paper_tables.json", {
-        "command": command(), "environment": artifacts.environment(),
+        "command": command(), "environment": machine.environment(),
         "published": published, "models": pages})
     shown = markdown(pages, published)
     (asked.out / "paper_tables.md").write_text(shown, encoding="utf-8")
@@ -121,8 +127,8 @@ def obtainable(data: Sequence[str], asked: Sequence[str]
 def loaded(task: str) -> None:
     """Load a task's documents. Raises InputError where they cannot be had."""
     wanted = tasks.find([task])
-    from bipdeploy.evaluation import zero_shot
-    from bipdeploy.recipe import ZeroShotSection
+    from bipdeploy.measuring import zero_shot
+    from bipdeploy.recipe.evaluate import ZeroShotSection
 
     with zero_shot.quiet():
         zero_shot.load(wanted, ZeroShotSection(enabled=True, tasks=[task]))
@@ -199,7 +205,7 @@ def accuracy(record: Mapping[str, Any], metric: str, which: str) -> float | None
     """The mean over the tasks that a name stands for, in %; None unless all of them were run."""
     figures = record.get("accuracy", {}).get("figures", {})
     names = [f"accuracy.{name}.{which}"
-             for name in tasks.names([metric.removeprefix("accuracy.")])]
+             for name in task_names.names([metric.removeprefix("accuracy.")])]
     return 100 * fmean(figures[n] for n in names) if all(n in figures for n in names) else None
 
 
@@ -218,7 +224,7 @@ def markdown(pages: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -
                      row["published_method"] or "–",
                      *padded(["–" if v is None else results.shown(v) for v in row["published"]],
                              t)] for row in t["rows"]]
-            parts += [f"\n{t['metric']}\n", results.as_markdown([heading, *rows])]
+            parts += [f"\n{t['metric']}\n", as_markdown([heading, *rows])]
     averages = [e for e in published["entries"] if e["ratio"] is None]
     parts += ["\n## Published averages, not measured here\n",
               *(f"- {e['method']}, {e['model']}: {e['metric']}: {e['value']} ({e['source']})"

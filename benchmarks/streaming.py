@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts, console, recipe_file
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.calibration import calibration_batches
-from bipdeploy.families import architecture
+from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.families import architecture
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.score import score_blocks
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of
@@ -160,13 +161,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of --overhead")
     parser.add_argument("--set", nargs="*", default=[], help="more settings, section.field=value")
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    machine.quiet_libraries()
     if arguments.work:
         arguments.work.mkdir(parents=True, exist_ok=True)
     work, began = Path(tempfile.mkdtemp(prefix="streaming-", dir=arguments.work)), time.time()
     record: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv), "shape": arguments.shape,
-        "threads": torch.get_num_threads(), "environment": artifacts.environment()}
+        "threads": torch.get_num_threads(), "environment": machine.environment()}
     try:
         model = random_checkpoint(work / "model", config_of(arguments.shape))
         record |= {"parameters": architecture(config_of(arguments.shape)).parameters(),

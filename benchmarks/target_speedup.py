@@ -18,10 +18,11 @@ from statistics import median
 
 import torch
 
-from bipdeploy import api, artifacts, console
+from bipdeploy import api
 from bipdeploy.measuring.timing import interleaved, speedup
 from bipdeploy.measuring.torch_bench import generate
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading
+from bipdeploy.running import artifacts, machine
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=17, help="tokens generated")
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    console.quiet_libraries()
+    machine.quiet_libraries()
     began, records = time.time(), []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -84,7 +85,7 @@ def main() -> None:
                   f"{found[phase]['high']:.3f}), {error:+.1%}", flush=True)
     artifacts.write_json(arguments.out, {
         "command": "python " + " ".join(sys.argv), "seconds": round(time.time() - began),
-        "threads": torch.get_num_threads(), "environment": artifacts.environment(),
+        "threads": torch.get_num_threads(), "environment": machine.environment(),
         "shape": config_of(SHAPE, "float32"),
         "profile": {"rounds": table.rounds, "seconds": table.seconds,
                     "checks": {n: p.check for n, p in table.phases.items()}},

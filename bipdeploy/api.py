@@ -13,15 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from bipdeploy import artifacts, footprint, latency, pipeline, recipe_file, sources, targets
-from bipdeploy.checkpoint import Checkpoint, read_config
 from bipdeploy.comparing.command import Compared
 from bipdeploy.comparing.command import compare as compared
-from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
-from bipdeploy.families import architecture
-from bipdeploy.latency import Table
-from bipdeploy.recipe import Recipe
+from bipdeploy.model import sources
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.pipeline import pipeline
+from bipdeploy.pipeline.preflight import refuse
+from bipdeploy.planning import footprint, latency
+from bipdeploy.planning import plan as planning
+from bipdeploy.planning.latency import Table
+from bipdeploy.planning.plan import Plan
+from bipdeploy.planning.resolved import resolve, resolved_at
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts
+from bipdeploy.running.reporter import Reporter, Silent
+from bipdeploy.stages.table import ARTEFACTS, STAGES
 from bipdeploy.sweeping.command import Swept
 from bipdeploy.sweeping.command import sweep as swept
 
@@ -34,6 +42,15 @@ def run(recipe: Recipe | PathLike, overrides: Sequence[str] = (), runs: PathLike
     """Run a recipe (an object or a YAML file) with `section.field=value` overrides."""
     return pipeline.run(_recipe(recipe, overrides), Path(runs), force=force, start=start,
                         until=until, reporting=reporting)
+
+
+def plan(recipe: Recipe | PathLike, overrides: Sequence[str] = (), runs: PathLike = "runs") -> Plan:
+    """What a recipe will make and cost, from sizes alone. `runs` is where its finished run may be.
+    Raises InputError as `run` would, but for what is not installed here."""
+    resolved = resolve(_recipe(recipe, overrides))
+    refuse(resolved, here=False)
+    folder = Path(runs) / resolved.recipe.name
+    return planning.make(resolved, pipeline.finished_widths(resolved, folder), folder)
 
 
 def compare(recipe: Recipe | PathLike, out: PathLike, overrides: Sequence[str] = (),
@@ -132,7 +149,7 @@ def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None
     if "recipe" not in manifest:
         raise InputError(f"{folder} is not a run's folder; give the one above it")
     recipe = recipe_file.build(manifest["recipe"], str(folder / artifacts.MANIFEST))
-    inputs = {name: folder / name for name in pipeline.STAGES["report"].inputs}
+    inputs = {name: folder / name for name in STAGES["report"].needs}
     pipeline.run_stage("report", recipe, inputs, Path(out), "", reporter or Silent())
     return Path(out)
 
@@ -147,10 +164,11 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
     path = Path(source)
     recipe = (recipe_file.load(path, list(settings)) if path.suffix in {".yaml", ".yml"}
               else _stage_recipe(str(source), settings))
-    config = sources.config_of(recipe.model)[0]
+    resolved = resolve(recipe)
     target, bench = recipe.prune.target, recipe.bench.torch
     timed = target if target and target.timed else None
-    key = latency.key(config, recipe.model, batch or (timed.batch if timed else bench.batch),
+    key = latency.key(resolved.config, resolved.architecture, recipe.model,
+                      batch or (timed.batch if timed else bench.batch),
                       context or (timed.tokens if timed else bench.prompt_tokens))
     cache = Path(cache) if cache else None
     found = None if force else latency.lookup(key, cache)
@@ -158,7 +176,8 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
         from bipdeploy.measuring import profile as measuring
 
         with pipeline.finishing("profile"):
-            found = measuring.obtain(key, config, recipe.model, reporter, cache, force=force)
+            found = measuring.obtain(key, resolved.config, resolved.architecture, recipe.model,
+                                     reporter, cache, force=force)
     return found
 
 
@@ -166,10 +185,10 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
            settings: Sequence[str], reporter: Reporter | None) -> Path:
     recipe = _stage_recipe(model, settings)
     pipeline.require_one_process()
-    if "dense" in pipeline.STAGES[name].inputs:
+    if "dense" in STAGES[name].needs:
         inputs["dense"] = sources.model_folder(model, recipe.model.revision,
                                                code=recipe.model.trust_remote_code)
-    for artefact in ("dense", *pipeline.ARTEFACTS):
+    for artefact in ("dense", *ARTEFACTS):
         if artefact in inputs:
             Checkpoint(inputs[artefact]).verify()
     _require_space(name, recipe, inputs, Path(out))
@@ -181,11 +200,10 @@ def _require_space(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: P
     """Refuse a stage that writes a model where there is no room for it. Raises StageError."""
     if name not in ("prune", "recover", "lora", "export"):
         return
-    config = read_config(next(inputs[n] for n in ("sliced", "repaired", "pruned", "dense")
-                              if n in inputs))
-    widths = (targets.planned(recipe, config)[1] if name == "prune"
-              else architecture(config).blocks)
-    footprint.require_space(recipe, config, widths, [name], out, "--out")
+    source = next(inputs[n] for n in ("sliced", "repaired", "pruned", "dense") if n in inputs)
+    resolved = resolved_at(recipe, source)
+    widths = resolved.uniform if name == "prune" else resolved.architecture.blocks
+    footprint.require_space(resolved, widths, [name], out, "--out")
 
 
 def _stage_recipe(model: str, settings: Sequence[str]) -> Recipe:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bipdeploy import cli
+from bipdeploy.cli import commands as cli
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

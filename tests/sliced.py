@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from bipdeploy.allocation import Kept
-from bipdeploy.artifacts import file_hashes
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.modeling.formats import biased_config, pruned_config
-from bipdeploy.modeling.loading import load_model
-from bipdeploy.slicing import add_biases, mask_block, slice_block
+from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.model.families import Architecture, BlockWidths, architecture
+from bipdeploy.model.formats import biased_config, pruned_config
+from bipdeploy.model.loading import load_model
+from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.slicing import add_biases, mask_block, slice_block
+from bipdeploy.running.artifacts import file_hashes
 from tests.tiny import VOCABULARY
 
 CPU = torch.device("cpu")

@@ -10,7 +10,10 @@ from functools import lru_cache
 
 import pytest
 
-from bipdeploy.allocation import (
+from bipdeploy.errors import InputError
+from bipdeploy.model.families import Architecture, BlockWidths, architecture
+from bipdeploy.model.formats import pruned_config
+from bipdeploy.pruning.allocation import (
     BlockScores,
     Kept,
     allocate,
@@ -19,11 +22,8 @@ from bipdeploy.allocation import (
     uniform_widths,
     unprotected,
 )
-from bipdeploy.divisibility import faults, group_faults, kv_head_counts
-from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.modeling.formats import pruned_config
-from bipdeploy.recipe import PruneSection
+from bipdeploy.pruning.divisibility import faults, group_faults, kv_head_counts
+from bipdeploy.recipe.prune import PruneSection
 
 
 def sizes(hidden: int, channels: int, heads: int, kv_heads: int, blocks: int, **more) -> dict:

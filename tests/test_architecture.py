@@ -3,112 +3,86 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
+import pytest
+
 import bipdeploy
-from tests.running import python
+from tests.architecture import ORDER, circles, imported, modules, room, upward
+from tests.running import ROOT, python
 
 PACKAGE = Path(bipdeploy.__file__).parent
-MODULES = {".".join(("bipdeploy", *path.relative_to(PACKAGE).with_suffix("").parts))
-           .removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))}
-
-# From the bottom up; a module imports from its own layer or from those below. A name ending in a
-# dot stands for every module of that package.
-LAYERS: list[tuple[str, ...]] = [
-    ("errors", "criteria"),  # `criteria` itself is a table of names and imports nothing
-    ("recipe", "recipe_base", "recipe_bench", "recipe_lora", "recipe_sweep", "recipe_target",
-     "comparison", "recipe_file", "gpus", "artifacts", "figures", "console", "stages.job", "tasks"),
-    ("data", "data.", "families", "tensor_file", "checkpoint", "sources", "calibration",
-     "activations", "blocks", "modeling", "modeling."),
-    ("criteria.", "divisibility", "depth", "allocation", "cost", "latency", "targets", "footprint",
-     "search", "slicing", "refit", "elimination", "reselection", "exporters", "exporters.", "ort",
-     "ort.", "evaluation", "evaluation.", "measuring", "measuring.", "tuning", "tuning.",
-     "serving", "serving.", "templates"),
-    ("stages", "stages.", "summary"),
-    ("preflight", "pipeline", "plan", "generation"),
-    ("comparing", "comparing."),
-    ("sweeping", "sweeping."),
-    ("api", "screens", "options", "cli", ""),
-]
+MODULES = modules(PACKAGE)
+NAMES = {module.removeprefix("bipdeploy").removeprefix(".") for module in MODULES}
 
 HEAVY = {"torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "matplotlib",
          "onnx", "onnx_ir", "onnxruntime", "lm_eval", "accelerate", "peft", "ray"}
-LIGHT = ("cli", "console", "errors", "recipe", "recipe_base", "recipe_lora", "recipe_file",
-         "pipeline", "plan", "artifacts", "sources", "figures", "summary", "screens", "families",
-         "divisibility", "depth", "allocation", "calibration", "tensor_file", "checkpoint",
-         "criteria", "api", "data", "data.pydocs", "data.text", "data.windows",
-         "data.pydocs_choice", "tasks", "stages.job", "stages.gate", "modeling.formats", "serving",
-         "serving.engine", "serving.server", "serving.command", "serving.probe", "templates",
-         "exporters", "exporters.portability", "ort", "ort.installed", "ort.folder", "generation",
-         "comparison", "comparing", "comparing.cells", "comparing.command", "comparing.records",
-         "comparing.results", "comparing.plot", "recipe_bench", "recipe_target", "gpus", "cost",
-         "latency", "targets", "footprint", "measuring.cpu_peak", "preflight", "recipe_sweep",
-         "options", "sweeping", "sweeping.command", "sweeping.trials", "sweeping.running",
-         "sweeping.sharing", "sweeping.results", "sweeping.plot")
-
-
-def layer(module: str) -> int:
-    """The number of a module's layer; a module's own name goes before its package's."""
-    name = module.removeprefix("bipdeploy").removeprefix(".")
-    package = name.rpartition(".")[0] + "."
-    for wanted in (name, package):
-        for number, members in enumerate(LAYERS):
-            if wanted in members:
-                return number
-    raise AssertionError(f"{module} stands in no layer of tests/test_architecture.py; add it")
-
-
-def imported(path: Path, *, everywhere: bool = True) -> set[str]:
-    """Modules that a file imports, but for type checking; `everywhere`: in functions too."""
-    names: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute here"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                names.add(inner if inner in MODULES else str(node.module))
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            pending += node.orelse
-        elif everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            pending += ast.iter_child_nodes(node)
-    return names
-
-
-def own(path: Path) -> set[str]:
-    return {name for name in imported(path) if name in MODULES}
+# Rooms that load none of these, but for the modules named below; then modules of other rooms.
+LIGHT_ROOMS = ("", "errors", "table", "recipe", "running", "data", "reporting", "planning",
+               "serving", "pipeline", "comparing", "sweeping", "api", "cli", "__main__")
+HEAVY_MODULES = ("comparing.run", "sweeping.engine", "sweeping.rough")
+LIGHT_MODULES = (
+    "model.sources", "model.families", "model.cost", "model.tensor_file", "model.checkpoint",
+    "model.formats", "model.routes", "pruning.divisibility", "pruning.depth", "pruning.allocation",
+    "pruning.criteria.table", "ort.installed", "ort.folder", "exporters.table",
+    "exporters.portability", "measuring.table", "measuring.tasks", "stages.table",
+    "stages.repairs", "stages.gate")
+LIGHT = [*sorted({name for name in NAMES if name.partition(".")[0] in LIGHT_ROOMS}
+                 - set(HEAVY_MODULES)), *LIGHT_MODULES]
 
 
 def test_imports_go_from_the_command_line_down_to_the_errors_never_up():
-    upwards = [f"{module} imports {name}" for module, path in MODULES.items()
-               for name in sorted(own(path)) if layer(name) > layer(module)]
-    assert upwards == []
+    assert list(upward(PACKAGE)) == []
 
 
 def test_no_module_imports_itself_through_others():
-    graph = {module: own(path) for module, path in MODULES.items()}
-    done: set[str] = set()
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " → ".join((*trail, module))
-        if module not in done:
-            for name in sorted(graph[module]):
-                visit(name, (*trail, module))
-            done.add(module)
-
-    for module in graph:
-        visit(module, ())
-    assert done == set(MODULES)
+    assert list(circles(PACKAGE)) == []
 
 
-def test_the_table_of_layers_names_only_what_exists():
-    names = {name for members in LAYERS for name in members}
-    known = {module.removeprefix("bipdeploy").removeprefix(".") for module in MODULES}
-    known |= {f"{name.rpartition('.')[0]}." for name in known if "." in name}
-    assert names - known == set()
+def test_the_order_names_only_rooms_that_exist_each_once():
+    listed = [name for level in ORDER for name in level]
+    assert sorted(listed) == sorted({room(module) for module in MODULES})
+
+
+PLANTED = {
+    "at the top": "from bipdeploy.stages import score\n",
+    "in a function": "def late():\n    from bipdeploy.api import run\n    return run\n",
+    "for type checking": ("from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n"
+                          "    from bipdeploy.pipeline.pipeline import RunResult\n"),
+    "in a table": "ROW = 'bipdeploy.stages.prune:run'\n",
+    "by its name": "import importlib\n\nimportlib.import_module(f'bipdeploy.exporters.{1}')\n",
+    "side by side": "from bipdeploy.ort import graph\n",
+}
+
+
+def copied(folder: Path) -> Path:
+    """The package's source in another place."""
+    return shutil.copytree(PACKAGE, folder / "bipdeploy", ignore=shutil.ignore_patterns("builtin"))
+
+
+@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED.keys())
+def test_an_import_that_goes_up_is_found(tmp_path, planted):
+    copy = copied(tmp_path)
+    assert list(upward(copy)) == []
+    (copy / "pruning" / "planted.py").write_text(planted)
+    assert [line for line in upward(copy) if line.startswith("bipdeploy.pruning.planted imports ")]
+
+
+def test_a_room_without_a_place_is_found(tmp_path):
+    copy = copied(tmp_path)
+    (copy / "helpers.py").write_text("")
+    assert list(upward(copy)) == [
+        "bipdeploy.helpers is in no room of ORDER (tests/architecture.py)"]
+
+
+def test_a_circle_within_a_room_is_found(tmp_path):
+    copy = copied(tmp_path)
+    (copy / "recipe" / "first.py").write_text("from bipdeploy.recipe import second\n")
+    (copy / "recipe" / "second.py").write_text(
+        "def late():\n    from bipdeploy.recipe.first import second\n    return second\n")
+    assert list(circles(copy)) == [
+        "bipdeploy.recipe.first → bipdeploy.recipe.second → bipdeploy.recipe.first"]
 
 
 def test_no_file_is_longer_than_400_lines():
@@ -117,20 +91,36 @@ def test_no_file_is_longer_than_400_lines():
     assert {name: count for name, count in lengths.items() if count > 400} == {}
 
 
+def test_the_lists_of_light_modules_name_only_what_exists():
+    assert set(HEAVY_MODULES) | set(LIGHT_MODULES) <= NAMES
+    assert set(LIGHT_ROOMS) <= {room(module) for module in MODULES}
+
+
 def test_heavy_libraries_are_not_imported_at_the_top_of_light_modules():
-    early = {name: imported(MODULES[f"bipdeploy.{name}"], everywhere=False) for name in LIGHT}
-    assert {name: found for name, modules in early.items()
-            if (found := {m.partition(".")[0] for m in modules} & HEAVY)} == {}
+    early = {name: imported(MODULES[f"bipdeploy.{name}".removesuffix(".")], MODULES,
+                            everywhere=False) for name in LIGHT}
+    assert {name: found for name, names in early.items()
+            if (found := {m.partition(".")[0] for m in names} & HEAVY)} == {}
 
 
 def test_importing_the_light_modules_loads_no_heavy_library():
     code = ("import importlib, sys\n"
-            "for name in sys.argv[2:]: importlib.import_module(f'bipdeploy.{name}')\n"
+            "for name in sys.argv[2:]:\n"
+            "    importlib.import_module(f'bipdeploy.{name}'.removesuffix('.'))\n"
             "print(sorted(set(sys.argv[1].split(',')) & set(sys.modules)))")
     assert python(code, ",".join(sorted(HEAVY)), *LIGHT).stdout.strip() == "[]"
 
 
 def test_every_module_opens_with_a_sentence_about_it():
-    empty = [name for name, path in MODULES.items() if path.read_text().strip()
-             and not ast.get_docstring(ast.parse(path.read_text()))]
+    empty = [name for name, path in MODULES.items()
+             if not ast.get_docstring(ast.parse(path.read_text()))]
     assert empty == []
+
+
+def test_the_map_in_contributing_shows_every_room_and_fits_one_screen():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = text.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(shown) <= 40 and max(map(len, shown)) <= 100
+    rooms = {line.split()[0].rstrip("/").removesuffix(".py") for line in shown
+             if line.startswith("  ") and not line.startswith("   ")}
+    assert rooms == {name or "__init__" for level in ORDER for name in level} | {"builtin"}

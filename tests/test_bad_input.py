@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from bipdeploy import artifacts, checkpoint, sources
 from bipdeploy.errors import StageError
-from bipdeploy.pipeline import STAGES
+from bipdeploy.model import checkpoint, sources
+from bipdeploy.running import artifacts
+from bipdeploy.stages.table import STAGES
 from tests.running import SMOKE, bipdeploy, bipdeploy_here, leftovers, message, refused
 from tests.test_checkpoint import rewrite
 from tests.tiny import PICO, tiny_model

@@ -11,16 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bipdeploy import api, checkpoint
-from bipdeploy.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    CheckpointWriter,
-    read_config,
-)
+from bipdeploy import api
 from bipdeploy.errors import InputError
-from bipdeploy.tensor_file import HEADER_BYTES
+from bipdeploy.model import checkpoint
+from bipdeploy.model.checkpoint import INDEX, SINGLE, Checkpoint, CheckpointWriter, read_config
+from bipdeploy.model.tensor_file import HEADER_BYTES
 from tests.sliced import (
     architecture_of,
     draw_kept,

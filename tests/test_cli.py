@@ -9,8 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 import bipdeploy as package
-from bipdeploy import artifacts, recipe_file
-from bipdeploy.pipeline import STAGES
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.running import artifacts
+from bipdeploy.stages.table import STAGES
 from tests.running import RECIPES, SMOKE, bipdeploy, bipdeploy_here, message, python
 
 COMMANDS = ["run", "check", "plan", "schema", *STAGES]
@@ -20,7 +21,7 @@ LOADED = ("\nprint('LOADED', sorted({'torch', 'transformers', 'datasets', 'pydan
 
 def loaded_by(*arguments: object) -> str:
     """Which heavy libraries a command line has loaded when it ends."""
-    code = ("import sys, contextlib; from bipdeploy.cli import main; sys.argv[0] = 'bipdeploy'\n"
+    code = ("import sys, contextlib; from bipdeploy.cli.commands import main; sys.argv[0] = 'bipdeploy'\n"
             "with contextlib.suppress(SystemExit): main()" + LOADED)
     return python(code, *arguments).stdout.rpartition("LOADED ")[2].strip()
 
@@ -51,7 +52,7 @@ def test_checking_every_recipe_needs_no_torch():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
-    from bipdeploy.cli import app
+    from bipdeploy.cli.commands import app
 
     app([command, "--help"], prog_name="bipdeploy", standalone_mode=False)
     assert f"Usage: bipdeploy {command}" in capsys.readouterr().out

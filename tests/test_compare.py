@@ -14,13 +14,18 @@ from math import exp, log
 import pytest
 import torch
 
-from bipdeploy import api, artifacts, recipe_file
-from bipdeploy.blocks import BlockWalker
+from bipdeploy import api
 from bipdeploy.comparing import cells, command, plot, records, results
-from bipdeploy.comparison import LAYERS, REPAIRS, CompareSection, Method, method
-from bipdeploy.criteria import NAMES
 from bipdeploy.errors import InputError, RecipeError
-from bipdeploy.recipe import PruneSection, ScoreSection
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.pruning.depth import droppable
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.compare import CompareSection
+from bipdeploy.recipe.methods import Method, method
+from bipdeploy.recipe.names import CRITERIA, LAYERS_COMPARED, REPAIRS_COMPARED
+from bipdeploy.recipe.prune import PruneSection
+from bipdeploy.recipe.score import ScoreSection
+from bipdeploy.running import artifacts
 from bipdeploy.stages.score import score_blocks, score_together
 from tests.running import ENVIRONMENT, RECIPES, ROOT, SCRIPT, bipdeploy, bipdeploy_here
 from tests.sliced import architecture_of, short_calibration, token_windows
@@ -68,7 +73,7 @@ def test_criteria_and_layers_make_the_product_and_single_methods_come_after():
 
 def test_without_names_all_criteria_are_compared():
     found = CompareSection().repairs_of("measured")
-    assert [m.criterion for m in found] == list(NAMES)
+    assert [m.criterion for m in found] == list(CRITERIA)
     assert next(iter(found)) == Method("llm_bip", "measured")
 
 
@@ -80,7 +85,7 @@ def test_a_method_is_read_as_it_is_written(name):
 @pytest.mark.parametrize(("part", "ratio", "count"), [("blocks", 0.4, 1), ("ffn", 0.3, 1)])
 def test_parts_are_dropped_as_far_as_the_ratio_allows(tiny, part, ratio, count):
     arch = architecture_of(tiny)
-    assert cells.dropped(arch, PruneSection(ratio=ratio), part, ratio) == count
+    assert droppable(arch, PruneSection(ratio=ratio), part, ratio) == count
 
 
 def test_a_part_that_is_more_than_the_ratio_is_refused(tiny, tmp_path):
@@ -95,7 +100,7 @@ def test_a_ratio_that_cannot_be_met_is_refused_before_anything_is_measured(tiny,
 
 
 def test_scoring_together_gives_each_criterion_what_it_gets_alone(variant, tmp_path):
-    asked = [ScoreSection(criterion=name) for name in NAMES]
+    asked = [ScoreSection(criterion=name) for name in CRITERIA]
     asked.append(ScoreSection(criterion="llm_bip", propagation="measured"))
     windows = [token_windows(2, 16), token_windows(2, 16, seed=1)]
     own = recipe(variant, tmp_path)
@@ -110,12 +115,12 @@ def test_scoring_together_gives_each_criterion_what_it_gets_alone(variant, tmp_p
 
 def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(tiny, tmp_path):
     def keys(*settings: str, **compare) -> dict[str, str]:
-        wanted = cells.plan(recipe(tiny, tmp_path, {"repairs": list(REPAIRS), **compare},
+        wanted = cells.plan(recipe(tiny, tmp_path, {"repairs": list(REPAIRS_COMPARED), **compare},
                                    list(settings)))
         return {c.repair: cells.key(wanted, c) for c in wanted.cells}
 
     base = keys()
-    assert len(set(base.values())) == len(REPAIRS)
+    assert len(set(base.values())) == len(REPAIRS_COMPARED)
     for change in ("calibration.samples=8", "prune.round_to=4", "prune.protect.first=1",
                    "evaluate.perplexity.windows=[16]", "model.dtype=bfloat16", "compare.seeds=[3]",
                    "compare.ratios=[0.4]", "compare.methods=[flap]"):
@@ -292,8 +297,8 @@ def test_curves_that_are_given_lead_to_the_widths_that_measured_ones_do(tiny, tm
     curves = tmp_path / "curves.json"
     kept = artifacts.read_json(whole / "kept.json")
     artifacts.write_json(curves, {n: kept["search"][n] for n in ("windows", "curves")})
+    from bipdeploy.planning.job import Job
     from bipdeploy.stages import prune
-    from bipdeploy.stages.job import Job
 
     (tmp_path / "given").mkdir()
     own = recipe_file.build({"name": "x", "model": {"id": str(tiny)}, "prune": {"ratio": 0.3}},
@@ -305,8 +310,8 @@ def test_curves_that_are_given_lead_to_the_widths_that_measured_ones_do(tiny, tm
 @pytest.mark.parametrize("recipe_path", [RECIPES / "compare-pico.yaml"])
 def test_the_shipped_recipe_can_be_compared(recipe_path):
     wanted = cells.plan(recipe_file.load(recipe_path))
-    assert {c.method.layers for c in wanted.cells} == set(LAYERS)
-    assert {c.method.criterion for c in wanted.cells} == set(NAMES)
+    assert {c.method.layers for c in wanted.cells} == set(LAYERS_COMPARED)
+    assert {c.method.criterion for c in wanted.cells} == set(CRITERIA)
     assert len({cells.key(wanted, c) for c in wanted.cells}) == len(wanted.cells)
 
 

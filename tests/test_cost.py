@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bipdeploy import cost, search
-from bipdeploy.checkpoint import read_config
-from bipdeploy.families import BlockWidths
-from bipdeploy.footprint import Sizes, writes
-from bipdeploy.recipe import Recipe
-from bipdeploy.search import Curve
+from bipdeploy.model import cost
+from bipdeploy.model.checkpoint import read_config
+from bipdeploy.model.families import BlockWidths
+from bipdeploy.planning.footprint import Sizes, writes
+from bipdeploy.pruning import search
+from bipdeploy.pruning.search import Curve
+from bipdeploy.recipe.recipe import Recipe
 from tests.sliced import architecture_of, draw_kept, loaded, token_windows, write_sliced
 
 WIDTHS = [(1, 40), (2, 96), (2, 24)]

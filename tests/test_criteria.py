@@ -11,20 +11,22 @@ import pytest
 import torch
 
 from bipdeploy import api
-from bipdeploy.allocation import BlockScores, allocate
-from bipdeploy.blocks import Block, BlockWalker
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.criteria import CRITERIA
-from bipdeploy.criteria.llm_bip import (
+from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.model.families import Architecture
+from bipdeploy.pruning.allocation import BlockScores, allocate
+from bipdeploy.pruning.criteria.llm_bip import (
     head_bound,
     influence,
     measured_change,
     rank_correlation,
     strict_bound,
 )
-from bipdeploy.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores, Statistics
-from bipdeploy.families import Architecture
-from bipdeploy.recipe import ModelSection, PruneSection, Recipe
+from bipdeploy.pruning.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores, Statistics
+from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.prune import PruneSection
+from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.stages.score import _see, score_blocks
 from tests.sliced import (
     architecture_of,

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from bipdeploy import api, artifacts
+from bipdeploy import api
 from bipdeploy.data import pydocs, text, windows
 from bipdeploy.errors import InputError
+from bipdeploy.running import artifacts
 from tests.running import SMOKE, bipdeploy, message, python
 from tests.tiny import PICO
 

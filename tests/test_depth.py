@@ -8,16 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from bipdeploy import api, artifacts, pipeline, plan, recipe_file
-from bipdeploy.allocation import BlockScores, Kept, allocate, uniform_widths
-from bipdeploy.checkpoint import Checkpoint, read_config
-from bipdeploy.criteria import CRITERIA
-from bipdeploy.depth import Influence, dropped
-from bipdeploy.divisibility import faults
+from bipdeploy import api
 from bipdeploy.errors import InputError, RecipeError
-from bipdeploy.families import Architecture, BlockWidths
-from bipdeploy.preflight import preflight
-from bipdeploy.recipe import PruneSection
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.pipeline import pipeline
+from bipdeploy.pipeline.preflight import refuse
+from bipdeploy.planning.resolved import resolved_at
+from bipdeploy.pruning.allocation import BlockScores, Kept, allocate, uniform_widths
+from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.pruning.depth import Influence, dropped
+from bipdeploy.pruning.divisibility import faults
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.prune import PruneSection
+from bipdeploy.running import artifacts
 from bipdeploy.stages.score import read_influence, score_blocks
 from tests.sliced import (
     architecture_of,
@@ -238,11 +242,11 @@ def test_a_plan_says_that_what_is_dropped_depends_on_scores(tmp_path):
     settings = [*short_calibration(tmp_path), "prune.depth={attention: 1, blocks: 1}",
                 "prune.protect.first=1", "bench.torch.enabled=false"]
     asked = asked_of(model, *settings)
-    shown = plan.make(asked, tmp_path)
+    shown = api.plan(asked, runs=tmp_path)
     assert (shown.known, shown.dropped) == ("budget", {"blocks": 1, "attention": 1, "ffn": 0})
     assert shown.pruned[0].heads and not shown.pruned[1].heads
     pipeline.run(asked, tmp_path, until="prune")
-    made = plan.make(asked, tmp_path)
+    made = api.plan(asked, runs=tmp_path)
     assert made.known == "run"
     assert made.figures["parameters.pruned"] == shown.figures["parameters.pruned"]
     assert sum(not w.heads for w in made.pruned) == 2
@@ -251,7 +255,7 @@ def test_a_plan_says_that_what_is_dropped_depends_on_scores(tmp_path):
 def test_preflight_refuses_depth_that_cannot_be(tmp_path):
     model = tiny_model(tmp_path / "model")
     with pytest.raises(InputError, match=r"prune\.depth"):
-        preflight(asked_of(model, "prune.depth.blocks=2"), read_config(model))
+        refuse(resolved_at(asked_of(model, "prune.depth.blocks=2"), model))
 
 
 def test_equal_scores_drop_the_first(tiny):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bipdeploy import elimination
-from bipdeploy.criteria.joint import influence
-from bipdeploy.criteria.llm_bip import output_gain
-from bipdeploy.criteria.statistics import BlockView, Statistics
+from bipdeploy.pruning import elimination
+from bipdeploy.pruning.criteria.joint import influence
+from bipdeploy.pruning.criteria.llm_bip import output_gain
+from bipdeploy.pruning.criteria.statistics import BlockView, Statistics
 from bipdeploy.stages.score import _see
 from tests.test_criteria import blocks_in_double
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import InputError
-from bipdeploy.families import FAMILIES, BlockWidths, architecture, family_of
-from bipdeploy.modeling.formats import pruned_config
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import FAMILIES, BlockWidths, architecture, family_of
+from bipdeploy.model.formats import pruned_config
 from tests.sliced import architecture_of, draw_kept, widths_of, write_sliced
 from tests.tiny import VARIANTS, tiny_model
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from bipdeploy import api
-from bipdeploy.allocation import BlockScores, allocate
-from bipdeploy.artifacts import figures
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.criteria.flap import standardised
-from bipdeploy.criteria.statistics import Statistics
-from bipdeploy.families import OUTPUT_BIAS, architecture
-from bipdeploy.modeling.formats import biased_config
-from bipdeploy.recipe import ModelSection, PruneSection
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import OUTPUT_BIAS, architecture
+from bipdeploy.model.formats import biased_config
+from bipdeploy.pruning.allocation import BlockScores, allocate
+from bipdeploy.pruning.criteria.flap import standardised
+from bipdeploy.pruning.criteria.statistics import Statistics
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.prune import PruneSection
+from bipdeploy.running.artifacts import figures
 from bipdeploy.stages.recover import bias_block
 from tests.sliced import (
     architecture_of,

@@ -15,11 +15,13 @@ import pytest
 import torch
 from peft import PeftModel
 
-from bipdeploy import api, artifacts, pipeline
-from bipdeploy.console import Silent
+from bipdeploy import api
 from bipdeploy.data.text import Text
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.recipe import Recipe
+from bipdeploy.pipeline import pipeline
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts
+from bipdeploy.running.reporter import Silent
 from bipdeploy.stages.evaluate import check_overlap
 from bipdeploy.tuning import launch
 from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, leftovers, refused

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bipdeploy import api, artifacts, generation
+from bipdeploy import api
 from bipdeploy.errors import StageError
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort import installed
 from bipdeploy.ort.runtime import OnnxModel
+from bipdeploy.running import artifacts
+from bipdeploy.serving import generation
 from tests.running import SMOKE, bipdeploy_here, refused
 from tests.sliced import loaded
 

@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 import torch
 
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import InputError
+from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort import graph
 from bipdeploy.ort.runtime import OnnxModel

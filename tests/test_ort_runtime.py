@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bipdeploy.errors import InputError
-from bipdeploy.evaluation.perplexity import forward_of, perplexity
+from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort import session
 from bipdeploy.ort.folder import DATA, LAST, MODEL, RECORD

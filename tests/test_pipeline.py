@@ -14,13 +14,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bipdeploy import api, artifacts, cli, figures, pipeline, recipe_file
-from bipdeploy.console import Silent
+from bipdeploy import api
+from bipdeploy.cli import commands as cli
 from bipdeploy.data import text, windows
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.evaluation.perplexity import forward_of, perplexity
+from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.pipeline import STAGES
+from bipdeploy.pipeline import pipeline
+from bipdeploy.recipe import figures
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.running import artifacts, machine
+from bipdeploy.running.reporter import Silent
+from bipdeploy.stages.table import STAGES, Stage
 from tests.running import SMOKE, leftovers, python
 from tests.tiny import PICO
 
@@ -52,7 +57,7 @@ def test_a_stage_s_manifest_says_how_it_was_made(smoke, stage):
     manifest = artifacts.read_manifest(smoke.folder / stage)
     assert manifest["stage"] == stage and manifest["seed"] == 0
     assert set(manifest["sections"]) == set(STAGES[stage].sections)
-    assert set(manifest["inputs"]) == set(STAGES[stage].inputs)
+    assert set(manifest["inputs"]) == set(STAGES[stage].needs)
     assert re.fullmatch(r"[0-9a-f]{64}", manifest["key"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", manifest["started"])
     assert 0 <= manifest["seconds"] < 300
@@ -136,7 +141,7 @@ def test_the_gates_are_written_as_junit_xml(smoke):
 # Reuse
 
 def test_a_second_run_reuses_every_stage_and_loads_no_torch(smoke):
-    code = ("import sys; from bipdeploy.cli import app\n"
+    code = ("import sys; from bipdeploy.cli.commands import app\n"
             "app(['run', sys.argv[1], '--runs', sys.argv[2], '--json'], standalone_mode=False)\n"
             "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))")
     before = tree(smoke.folder)
@@ -306,8 +311,7 @@ def test_an_error_of_a_stage_s_own_code_is_one_line_that_names_the_stage(tmp_pat
     ("prune", "prune.search.windows"), ("export", "export.onnx"),
     ("evaluate", "evaluate.perplexity.batch"), ("bench", "bench.torch.batch")])
 def test_a_stage_that_runs_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, stage, advice):
-    monkeypatch.setattr(pipeline.Stage, "function", staticmethod(
-        lambda _: lambda _: torch.empty(1 << 50)))
+    monkeypatch.setattr(Stage, "load", lambda _: lambda _: torch.empty(1 << 50))
     recipe = recipe_file.build({"name": "x", "model": {"id": "builtin:pico"},
                                 "prune": {"ratio": 0.3}}, "test", [])
     with pytest.raises(StageError, match=rf"stage {stage} ran out of memory; .*{advice}"):
@@ -465,4 +469,4 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     (None, ["A", "B"]), ("", []), ("-1", []), ("1", ["B"]), ("1,0", ["B", "A"]),
     ("0,7,1", ["A"]), ("GPU-8f2", ["GPU-8f2"])])
 def test_the_gpus_are_those_that_cuda_may_use(visible, left):
-    assert artifacts.visible_gpus(["A", "B"], visible) == left
+    assert machine.visible_gpus(["A", "B"], visible) == left

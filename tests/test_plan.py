@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from bipdeploy import api, artifacts, pipeline, plan, recipe_file, sources
-from bipdeploy.allocation import global_widths, possible_widths
-from bipdeploy.divisibility import faults, group_faults
+from bipdeploy import api
 from bipdeploy.errors import InputError
-from bipdeploy.families import BlockWidths, architecture
-from bipdeploy.gpus import GPUS
-from bipdeploy.pipeline import STAGES
-from bipdeploy.recipe import Recipe
+from bipdeploy.model import sources
+from bipdeploy.model.families import BlockWidths, architecture
+from bipdeploy.pipeline.keys import stage_keys
+from bipdeploy.planning import plan
+from bipdeploy.planning.gpus import GPUS
+from bipdeploy.planning.resolved import resolved_at
+from bipdeploy.pruning.allocation import global_widths, possible_widths
+from bipdeploy.pruning.divisibility import faults, group_faults
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts
+from bipdeploy.stages.table import STAGES
 from tests.running import RECIPES, SMOKE, bipdeploy, bipdeploy_here, message, python, refused
 from tests.test_allocation import ARCHITECTURES, PARALLEL, draw_scores, section
 from tests.tiny import PICO
@@ -25,7 +31,7 @@ SIZES = ("parameters", "block_parameters", "weights_bytes", "kv_bytes_per_token"
 
 
 def planned(runs: Path, *overrides: str) -> plan.Plan:
-    return plan.make(recipe_file.load(SMOKE, list(overrides)), runs)
+    return api.plan(recipe_file.load(SMOKE, list(overrides)), runs=runs)
 
 
 def plan_here(runs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -257,7 +263,7 @@ def test_the_plan_comes_as_json_on_stdout_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("layers", ["uniform", "global"])
 def test_a_plan_loads_no_torch(pruned_globally, layers):
-    code = ("import sys; from bipdeploy.cli import app\n"
+    code = ("import sys; from bipdeploy.cli.commands import app\n"
             "app(['plan', *sys.argv[1:]], standalone_mode=False)\n"
             "print(sorted({'torch', 'transformers', 'safetensors', 'numpy'} & set(sys.modules)))")
     done = python(code, SMOKE, "--runs", pruned_globally, "--set", f"prune.layers={layers}",
@@ -270,8 +276,8 @@ def test_a_plan_loads_no_torch(pruned_globally, layers):
 # Costs
 
 def test_costs_are_counted_by_hand_on_a_llama(tmp_path):
-    shown = plan.make(recipe_file.load(RECIPES / "llama7b-30.yaml", [
-        "evaluate.zero_shot.enabled=false", "hardware.gpu=h200"]), tmp_path)
+    shown = api.plan(recipe_file.load(RECIPES / "llama7b-30.yaml", [
+        "evaluate.zero_shot.enabled=false", "hardware.gpu=h200"]), runs=tmp_path)
     body = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
     dense = {name: values["dense"] for name, values in shown.costs.items()}
     assert dense["disk_bytes"] == 2 * (body + 2 * 32000 * 4096 + (2 * 32 + 1) * 4096)
@@ -291,7 +297,7 @@ def test_costs_are_counted_by_hand_on_a_llama(tmp_path):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_can_be_planned_without_network(tmp_path, path):
     recipe = recipe_file.load(path, ["evaluate.zero_shot.enabled=false"])
-    shown = plan.make(recipe, tmp_path)
+    shown = api.plan(recipe, runs=tmp_path)
     assert shown.source == ("config" if recipe.model.id == "builtin:pico" else "shape")
     left = shown.figures["block_parameters.ratio"]
     assert left == pytest.approx(1 - recipe.prune.ratio, abs=0.02)
@@ -308,7 +314,7 @@ def test_a_shape_stands_in_only_where_there_is_no_config(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     (folder / "config.json").write_text(json.dumps(shape.config))
-    assert plan.make(recipe_file.load(path), tmp_path).source == "config"
+    assert api.plan(recipe_file.load(path), runs=tmp_path).source == "config"
     (folder / "config.json").write_text(json.dumps({**shape.config, "intermediate_size": 1600}))
     refused(bipdeploy_here("plan", path, "--runs", tmp_path), 2,
             "model.shape.intermediate: 1536 is not what the model's config.json says, 1600")
@@ -323,7 +329,7 @@ def test_no_stage_depends_on_what_only_a_plan_reads():
                                     "256, dtype: bfloat16}"])
     assert architecture(more.model.shape.config) == architecture(
         json.loads((PICO / "config.json").read_text()))
-    first, second = (pipeline.stage_keys(recipe, PICO) for recipe in (plain, more))
+    first, second = (stage_keys(resolved_at(recipe, PICO)) for recipe in (plain, more))
     assert {n for n in first if first[n] != second[n]} <= {"report"}
 
 
@@ -357,7 +363,8 @@ def test_bad_input_is_one_line(tmp_path, override, words):
 def test_a_recipe_from_python_can_be_planned(tmp_path):
     recipe = Recipe.model_validate({"name": "here", "model": {"id": "builtin:pico"},
                                     "prune": {"ratio": 0.2, "round_to": 8}})
-    assert plan.make(recipe, tmp_path).figures["block_parameters.ratio"] == pytest.approx(0.8, 0.02)
+    found = api.plan(recipe, runs=tmp_path).figures
+    assert found["block_parameters.ratio"] == pytest.approx(0.8, 0.02)
 
 
 def test_what_a_criterion_and_a_repair_hold_is_in_the_memory(tmp_path):

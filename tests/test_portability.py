@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.exporters import portability
 from bipdeploy.exporters import vllm as target
-from bipdeploy.exporters.portability import ROUTES, Question, Route
-from bipdeploy.families import architecture
-from bipdeploy.modeling import formats
+from bipdeploy.exporters.portability import Question
+from bipdeploy.model import formats, routes
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import architecture
+from bipdeploy.model.routes import ROUTES, Route
+from bipdeploy.reporting import portability as shown
 from bipdeploy.serving import engine as engines
 from tests.sliced import (
     architecture_of,
@@ -163,16 +165,16 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_cause(tmp_path):
 
 
 def test_routes_that_do_not_apply_say_why():
-    assert "different widths" in str(portability.inapplicable("vllm.stock", per_block=True))
-    assert "stock" in str(portability.inapplicable("vllm.plugin", per_block=False))
+    assert "different widths" in str(routes.inapplicable("vllm.stock", per_block=True))
+    assert "stock" in str(routes.inapplicable("vllm.plugin", per_block=False))
     for name in ROUTES:
-        assert None in {portability.inapplicable(name, per_block=kind) for kind in (True, False)}
+        assert None in {routes.inapplicable(name, per_block=kind) for kind in (True, False)}
 
 
 def test_without_the_vllm_target_the_table_says_what_was_not_run():
     record = {"transformers": {"architecture": "MistralForCausalLM", "verified": {}},
               "vllm": {"not_run": "export.vllm.enabled is false"}}
-    rows = portability.table(portability.of_export(record))
+    rows = shown.table(shown.of_export(record))
     assert ("transformers", "as it is", "verified") in rows
     assert [said for engine, _, said in rows if engine == "vLLM"] == [
         "not run: export.vllm.enabled is false"] * 3

@@ -10,18 +10,23 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bipdeploy import api, latency
-from bipdeploy.checkpoint import read_config
+from bipdeploy import api
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.families import BlockWidths
-from bipdeploy.latency import Curve
 from bipdeploy.measuring import profile
-from bipdeploy.recipe import ModelSection
+from bipdeploy.model.checkpoint import read_config
+from bipdeploy.model.families import BlockWidths, architecture
+from bipdeploy.planning import latency
+from bipdeploy.planning.latency import Curve
+from bipdeploy.recipe.model import ModelSection
 from tests.running import SMOKE, bipdeploy_here, refused
 from tests.sliced import CPU, architecture_of, token_windows
 from tests.tiny import PICO, tiny_model
 
 HERE = ModelSection(id="here", device="cpu")
+
+
+def key_of(config, section, batch, context):
+    return latency.key(config, architecture(config), section, batch, context)
 
 
 @pytest.fixture
@@ -99,17 +104,17 @@ def test_a_table_is_measured_once_and_again_when_asked(quick, tmp_path):
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"device": "cuda"}])
 def test_the_key_holds_what_times_depend_on(change, monkeypatch):
     config = read_config(PICO)
-    key = latency.key(config, HERE, 1, 128)
-    assert key != latency.key({**config, "intermediate_size": 392}, HERE, 1, 128)
-    assert key != latency.key(config, HERE, 1, 64)
-    other = latency.key(config, HERE.model_copy(update=change), 1, 128)
+    key = key_of(config, HERE, 1, 128)
+    assert key != key_of({**config, "intermediate_size": 392}, HERE, 1, 128)
+    assert key != key_of(config, HERE, 1, 64)
+    other = key_of(config, HERE.model_copy(update=change), 1, 128)
     assert other != key
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert latency.key(config, HERE, 1, 128) != key
+    assert key_of(config, HERE, 1, 128) != key
 
 
 def test_a_damaged_table_is_as_good_as_none(tmp_path):
-    key = latency.key(read_config(PICO), HERE, 1, 128)
+    key = key_of(read_config(PICO), HERE, 1, 128)
     tmp_path.joinpath(latency._path(key, tmp_path).name).write_text("{")
     assert latency.lookup(key, tmp_path) is None
 

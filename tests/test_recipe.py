@@ -9,10 +9,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from bipdeploy import recipe_file
 from bipdeploy.errors import BAD_INPUT, InputError, RecipeError
-from bipdeploy.figures import expected
-from bipdeploy.recipe import Recipe
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.figures import expected
+from bipdeploy.recipe.recipe import Recipe
 from tests.running import RECIPES, SMOKE
 
 ALL = sorted(RECIPES.glob("*.yaml"))

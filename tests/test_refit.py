@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bipdeploy import api, recipe_file
-from bipdeploy.artifacts import read_json
-from bipdeploy.blocks import Block, BlockWalker
-from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import Checkpoint
+from bipdeploy import api
 from bipdeploy.data import text
-from bipdeploy.recipe import ModelSection
-from bipdeploy.refit import RIDGES, RidgeProblem
+from bipdeploy.data.calibration import calibration_batches
+from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.pruning.refit import RIDGES, RidgeProblem
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.running.artifacts import read_json
 from bipdeploy.stages.recover import hold_back, refit_block
 from tests.sliced import (
     architecture_of,

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from bipdeploy import api
-from bipdeploy.allocation import Kept
-from bipdeploy.artifacts import read_json
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.families import BlockWidths
-from bipdeploy.recipe import ModelSection
-from bipdeploy.refit import RidgeProblem
-from bipdeploy.reselection import choose
-from bipdeploy.slicing import slice_block
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import BlockWidths
+from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.refit import RidgeProblem
+from bipdeploy.pruning.reselection import choose
+from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.running.artifacts import read_json
 from tests.sliced import architecture_of, loaded, logits, short_calibration, token_windows
 from tests.test_elimination import refitted_error
 

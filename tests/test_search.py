@@ -7,13 +7,16 @@ from itertools import product
 import pytest
 import torch
 
-from bipdeploy import api, artifacts, search
-from bipdeploy.allocation import BlockScores, keep, part_widths
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.divisibility import faults
-from bipdeploy.families import BlockWidths
-from bipdeploy.recipe import ModelSection, PruneSection
-from bipdeploy.search import Curve
+from bipdeploy import api
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.families import BlockWidths
+from bipdeploy.pruning import search
+from bipdeploy.pruning.allocation import BlockScores, keep, part_widths
+from bipdeploy.pruning.divisibility import faults
+from bipdeploy.pruning.search import Curve
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.prune import PruneSection
+from bipdeploy.running import artifacts
 from tests.sliced import (
     architecture_of,
     draw_kept,

@@ -16,12 +16,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bipdeploy import api, artifacts, checkpoint
-from bipdeploy.checkpoint import INDEX, Checkpoint, CheckpointWriter
+from bipdeploy import api
+from bipdeploy.cli import serving as command
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.modeling.formats import pruned_config
-from bipdeploy.serving import command, server
+from bipdeploy.model import checkpoint
+from bipdeploy.model.checkpoint import INDEX, Checkpoint, CheckpointWriter
+from bipdeploy.model.formats import pruned_config
+from bipdeploy.running import artifacts
 from bipdeploy.serving import engine as engines
+from bipdeploy.serving import server
 from bipdeploy.serving.engine import Engine
 from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, refused
 from tests.sliced import architecture_of, loaded

@@ -15,14 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bipdeploy.allocation import Kept
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.families import architecture
-from bipdeploy.modeling import modeling_bipdeploy
-from bipdeploy.modeling.loading import register
-from bipdeploy.recipe import ModelSection
-from bipdeploy.slicing import slice_block
+from bipdeploy.model import modeling_bipdeploy
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import architecture
+from bipdeploy.model.loading import register
+from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.recipe.model import ModelSection
 from tests.sliced import (
     architecture_of,
     draw_kept,

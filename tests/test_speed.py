@@ -14,11 +14,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bipdeploy.blocks import BlockWalker
 from bipdeploy.errors import InputError
-from bipdeploy.families import architecture
-from bipdeploy.recipe import ModelSection, ScoreSection
-from bipdeploy.slicing import slice_block
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.families import architecture
+from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.stages.score import score_together
 from speed import command, decoding, hardware, models, torch_cases
 from speed.cases import Case, Grid, Sizes, chosen

@@ -16,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bipdeploy import api, checkpoint, console
-from bipdeploy.activations import Spilled, keeping, replace
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.checkpoint import SINGLE, Checkpoint
-from bipdeploy.criteria import CRITERIA
-from bipdeploy.criteria.statistics import Statistics
+from bipdeploy import api
 from bipdeploy.errors import InputError, StageError
+from bipdeploy.model import checkpoint
+from bipdeploy.model.activations import Spilled, keeping, replace
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import SINGLE, Checkpoint
+from bipdeploy.pruning.criteria.statistics import Statistics
+from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.running import machine
 from bipdeploy.stages.score import score_blocks
 from tests.running import ROOT
 from tests.sliced import loaded, results, short_calibration
@@ -225,7 +227,7 @@ def test_the_benchmark_measures_every_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [
         "streaming.py", "--shape", "tiny", "--out", str(tmp_path / "out.json"), "--work",
         str(tmp_path / "work"), "--stages", "score", "prune", "--overhead", "--rounds", "2"])
-    monkeypatch.setattr(console, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(machine, "quiet_libraries", lambda: None)
     runpy.run_path(str(ROOT / "benchmarks/streaming.py"), run_name="__main__")
     found = json.loads((tmp_path / "out.json").read_text())
     for stage in ("score", "prune"):

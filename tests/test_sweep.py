@@ -12,8 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bipdeploy import api, artifacts, options, pipeline, recipe_file
+from bipdeploy import api
+from bipdeploy.cli import options
 from bipdeploy.errors import InputError, RecipeError
+from bipdeploy.pipeline.keys import intact
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.running import artifacts
 from bipdeploy.sweeping import command, plot, results, running, sharing, trials
 from tests.running import bipdeploy_here, refused
 from tests.sliced import short_calibration
@@ -190,7 +194,7 @@ def test_a_stage_that_another_trial_has_run_is_taken_over_without_a_copy(tmp_pat
     with sharing.once("score", "another key", other):
         assert not other.exists()
     with sharing.once("score", key, other):
-        assert pipeline.intact(other / "score", key)
+        assert intact(other / "score", key)
     path = other / "score" / "manifest.json"
     assert path.samefile(smoke.folder / "score" / "manifest.json")
 

@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from bipdeploy import api, artifacts, cost, latency, pipeline, plan, recipe_file, targets
-from bipdeploy.allocation import uniform_widths
-from bipdeploy.checkpoint import read_config
+from bipdeploy import api
 from bipdeploy.errors import InputError, RecipeError, StageError
-from bipdeploy.families import architecture
-from bipdeploy.latency import Curve, Phase, Table
-from bipdeploy.recipe_target import parse_bytes
+from bipdeploy.model import cost
+from bipdeploy.model.checkpoint import read_config
+from bipdeploy.model.families import architecture
+from bipdeploy.pipeline.keys import stage_keys
+from bipdeploy.planning import latency
+from bipdeploy.planning.latency import Curve, Phase, Table
+from bipdeploy.planning.resolved import of_config, resolved_at
+from bipdeploy.pruning.allocation import uniform_widths
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.target import parse_bytes
+from bipdeploy.running import artifacts
 from tests.running import SMOKE, bipdeploy_here, message, refused
 from tests.sliced import short_calibration
 from tests.test_cost import tensor_bytes
@@ -22,6 +28,12 @@ from tests.tiny import PICO
 
 CONFIG = read_config(PICO)
 ARCH = architecture(CONFIG)
+
+
+def planned(recipe, config):
+    """The target of a recipe, and the uniform widths that meet it."""
+    found = of_config(recipe, config)
+    return found.target, list(found.uniform)
 
 
 def asked(target: str, *more: str):
@@ -38,7 +50,7 @@ def table_of(recipe) -> Table:
         return Phase(Curve((1, 4), (head + 1e-4, 4 * head + 1e-4)),
                      Curve((96, 384), (96 * channel, 384 * channel)), 1e-3, {}, {})
 
-    key = targets.table_key(recipe, CONFIG)
+    key = of_config(recipe, CONFIG).times
     assert key is not None
     return Table(key, {"prefill": phase(1e-4, 1e-5), "decode": phase(5e-4, 1e-6)}, 7, 9, 1.0, {})
 
@@ -97,7 +109,7 @@ def test_uniform_widths_just_meet_the_budget(cache, target):
     recipe = asked(target)
     if recipe.prune.target.timed:
         latency.store(table_of(recipe))
-    found, widths = targets.planned(recipe, CONFIG)
+    found, widths = planned(recipe, CONFIG)
     spent = found.cost.whole(widths)
     assert spent <= found.limit
     tried = []
@@ -114,8 +126,8 @@ def test_uniform_widths_just_meet_the_budget(cache, target):
 
 
 def test_a_share_of_parameters_is_the_ratio():
-    _, widths = targets.planned(asked("{parameters: 0.3}"), CONFIG)
-    assert (None, widths) == targets.planned(recipe_file.load(SMOKE), CONFIG)
+    _, widths = planned(asked("{parameters: 0.3}"), CONFIG)
+    assert (None, widths) == planned(recipe_file.load(SMOKE), CONFIG)
 
 
 @pytest.mark.parametrize("layers", ["uniform", "global", "adaptive"])
@@ -137,7 +149,7 @@ def test_the_prune_stage_meets_the_target_and_says_so(smoke, tmp_path, layers, t
             1 - made.whole(made_by(folder)) / made.whole(ARCH.blocks))
         assert 0.25 <= record["reached"] < 0.27
     if layers == "uniform":
-        shown = plan.make(recipe_file.load(SMOKE, more), tmp_path / "nowhere")
+        shown = api.plan(recipe_file.load(SMOKE, more), runs=tmp_path / "nowhere")
         assert shown.pruned == made_by(folder) and shown.known == "exact"
         assert shown.target == record
         assert shown.costs["disk_bytes"]["pruned"] == tensor_bytes(folder / "model")
@@ -145,16 +157,16 @@ def test_the_prune_stage_meets_the_target_and_says_so(smoke, tmp_path, layers, t
 
 def test_biases_that_the_repair_adds_count(tmp_path):
     recipe = asked("{memory: 3.5MB}", "recover.method=bias")
-    target, widths = targets.planned(recipe, CONFIG)
+    target, widths = planned(recipe, CONFIG)
     assert target.cost.whole(ARCH.blocks) > cost.memory(ARCH, 2).whole(ARCH.blocks)
-    shown = plan.make(recipe, tmp_path)
+    shown = api.plan(recipe, runs=tmp_path)
     assert shown.pruned == tuple(widths)
     assert shown.costs["disk_bytes"]["pruned"] <= target.cost.whole(widths) <= 3_500_000
 
 
 def test_a_repair_that_adds_biases_reruns_prune_where_bytes_are_asked_for():
     def prune(target: str, method: str) -> str:
-        return pipeline.stage_keys(asked(target, f"recover.method={method}"), PICO)["prune"]
+        return stage_keys(resolved_at(asked(target, f"recover.method={method}"), PICO))["prune"]
 
     assert prune("{memory: 3.5MB}", "refit") != prune("{memory: 3.5MB}", "bias")
     assert prune("{flops: 0.3}", "refit") == prune("{flops: 0.3}", "bias")
@@ -187,13 +199,13 @@ def test_speeds_come_from_the_cached_table_and_change_the_key(smoke, cache, tmp_
     shutil.copytree(smoke.folder / "score", tmp_path / "runs" / "smoke" / "score")
     more = settings("{decode_speedup: 1.3}")
     recipe = recipe_file.load(SMOKE, more)
-    without = pipeline.stage_keys(recipe, PICO)
-    assert plan.make(recipe, tmp_path / "runs").known == "unmeasured"
+    without = stage_keys(resolved_at(recipe, PICO))
+    assert api.plan(recipe, runs=tmp_path / "runs").known == "unmeasured"
     table = table_of(recipe)
     latency.store(table)
-    shown = plan.make(recipe, tmp_path / "runs")
+    shown = api.plan(recipe, runs=tmp_path / "runs")
     assert shown.known == "exact" and shown.target["profile"] == table.digest
-    keys = pipeline.stage_keys(recipe, PICO)
+    keys = stage_keys(resolved_at(recipe, PICO))
     assert keys["score"] == without["score"] and keys["prune"] != without["prune"]
     assert api.run(SMOKE, more, tmp_path / "runs", until="prune").ran == ["prune"]
     folder = tmp_path / "runs" / "smoke" / "prune"
@@ -206,7 +218,7 @@ def test_speeds_come_from_the_cached_table_and_change_the_key(smoke, cache, tmp_
 
 def test_without_a_table_a_speed_up_is_bounded_by_bytes(cache):
     recipe = asked("{decode_speedup: 1.2}")
-    target, widths = targets.planned(recipe, CONFIG)
+    target, widths = planned(recipe, CONFIG)
     assert target.unit == "bytes read"
     assert target.cost.whole(ARCH.blocks) == cost.read_per_step(ARCH, 2, 1, 128)
     assert target.reached(widths) >= 1.2
@@ -228,11 +240,11 @@ def test_an_impossible_target_is_refused_before_scoring(tmp_path, target, words)
 @pytest.mark.parametrize("target", ["{flops: 0.99}", "{memory: 1MB}"])
 def test_the_most_that_a_refusal_names_is_possible(target):
     with pytest.raises(InputError) as caught:
-        targets.planned(asked(target), CONFIG)
+        planned(asked(target), CONFIG)
     kind = target.strip("{").partition(":")[0]
     words = str(caught.value).replace(";", " ").split()
     most = words[words.index("most" if kind == "flops" else "the") + 1]
-    found, widths = targets.planned(asked(f"{{{kind}: {most}}}"), CONFIG)
+    found, widths = planned(asked(f"{{{kind}: {most}}}"), CONFIG)
     assert found.cost.whole(widths) <= found.limit
 
 
@@ -246,7 +258,7 @@ def test_a_speed_that_the_times_do_not_allow_is_refused_before_scoring(cache, tm
 def test_bytes_need_a_stated_type():
     config = {k: v for k, v in CONFIG.items() if k != "dtype"}
     with pytest.raises(InputError, match=r"prune.target.memory: config.json does not state"):
-        targets.planned(asked("{memory: 3MB}"), config)
+        planned(asked("{memory: 3MB}"), config)
 
 
 def test_one_stage_takes_a_target_too(smoke, tmp_path):

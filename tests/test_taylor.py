@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.criteria.gradients import COUPLED, blocks_backwards
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.pruning.criteria.gradients import COUPLED, blocks_backwards
 from bipdeploy.stages.score import score_blocks
 from tests.sliced import architecture_of, draw_kept, loaded, write_sliced
 from tests.test_criteria import TOKENS, group_columns, recipe, scores_of, walk, windows

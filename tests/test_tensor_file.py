@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bipdeploy import tensor_file
 from bipdeploy.errors import InputError
-from bipdeploy.tensor_file import HEADER_BYTES, TYPES, TensorFile, entries
+from bipdeploy.model import tensor_file
+from bipdeploy.model.tensor_file import HEADER_BYTES, TYPES, TensorFile, entries
 
 DTYPES = [getattr(torch, name) for name, _ in TYPES.values()]
 

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.console import Silent
 from bipdeploy.errors import StageError
-from bipdeploy.recipe import ModelSection
-from bipdeploy.recipe_lora import PROJECTIONS, LoraSection
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.recipe.lora import PROJECTIONS, LoraSection
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.running.reporter import Silent
 from bipdeploy.tuning import adapters, checkpoints, data, losses, training
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import IGNORED, Document, Windows

@@ -13,13 +13,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bipdeploy import api, artifacts, figures, pipeline, recipe_file, screens, tasks
-from bipdeploy.console import Silent
+from bipdeploy import api
+from bipdeploy.cli import screens
 from bipdeploy.data import pydocs, pydocs_choice
 from bipdeploy.errors import InputError, RecipeError
-from bipdeploy.evaluation import zero_shot
-from bipdeploy.recipe import ZeroShotSection
-from bipdeploy.stages.job import Job
+from bipdeploy.measuring import tasks, zero_shot
+from bipdeploy.pipeline.keys import stage_keys
+from bipdeploy.planning.job import Job
+from bipdeploy.planning.resolved import resolved_at
+from bipdeploy.recipe import figures
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe import tasks as task_names
+from bipdeploy.recipe.evaluate import ZeroShotSection
+from bipdeploy.running import artifacts
+from bipdeploy.running.reporter import Silent
+from bipdeploy.stages.table import STAGES
 from tests.running import RECIPES, SMOKE, bipdeploy_here, python, refused
 from tests.tiny import PICO
 
@@ -314,7 +322,7 @@ def test_a_yaml_file_alone_names_its_task(own):
     (own / "other.yaml").write_text("task: other\ninclude: spare.yaml\n")
     found = tasks.find([str(own / "other.yaml")])
     assert [(task.name, task.metric) for task in found] == [("other", "acc")]
-    assert tasks.names([str(own)]) == ["other", "spare"]
+    assert task_names.names([str(own)]) == ["other", "spare"]
 
 
 def test_two_tasks_of_one_name_are_refused(own, tmp_path):
@@ -345,7 +353,7 @@ def test_a_change_of_one_s_own_task_reruns_the_evaluation(own):
     recipe = recipe_file.load(SMOKE, [ON, f"evaluate.zero_shot.tasks=[{own}]"])
 
     def keys() -> dict[str, str]:
-        return pipeline.stage_keys(recipe, PICO)
+        return stage_keys(resolved_at(recipe, PICO))
 
     before = keys()
     assert keys() == before
@@ -372,7 +380,7 @@ def test_a_run_reports_accuracy_and_judges_it(smoke, tmp_path, capfd):
         for words in ("Accuracy, pydocs_choice", f"{ratio:.2f}x", "acc_norm", "25.0%", "(95%)",
                       "the first 20 documents of each task", "lm-eval 0."):
             assert words in page, (name, words)
-    screens.show_comparison({name: result.folder / name for name in pipeline.STAGES})
+    screens.show_comparison({name: result.folder / name for name in STAGES})
     table = capfd.readouterr().out.splitlines()
     assert max(map(len, table)) <= 80
     assert any("Accuracy, pydocs_choice" in line and "(95%)" in line for line in table)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bipdeploy.sources import BUILTIN_FOLDER
+from bipdeploy.model.sources import BUILTIN_FOLDER
 
 PICO = BUILTIN_FOLDER / "pico"
 VOCABULARY = 4096  # that of the built-in tokenizer, so that tiny models can be evaluated

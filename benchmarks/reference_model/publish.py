@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from bipdeploy.artifacts import hardware, write_json
 from bipdeploy.data import pydocs, text, windows
-from bipdeploy.evaluation.perplexity import forward_of, perplexity
-from bipdeploy.modeling import loading
-from bipdeploy.sources import BUILTIN_FOLDER
+from bipdeploy.measuring.perplexity import forward_of, perplexity
+from bipdeploy.model import loading
+from bipdeploy.model.sources import BUILTIN_FOLDER
+from bipdeploy.running.artifacts import write_json
+from bipdeploy.running.machine import hardware
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
          "tokenizer_config.json")

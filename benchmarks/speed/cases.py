@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache
 from typing import Any
 
-from bipdeploy import cost
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, architecture
+from bipdeploy.model import cost
+from bipdeploy.model.families import Architecture, architecture
 from speed.shapes import config_of, pruned_of
 
 GIB = 2**30

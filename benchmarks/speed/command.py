@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import console
-from bipdeploy.artifacts import environment, read_json
 from bipdeploy.errors import BipdeployError, InputError
+from bipdeploy.running import machine
+from bipdeploy.running.artifacts import read_json
+from bipdeploy.running.machine import environment
 from speed.cases import GIB, Case, Grid, Sizes, chosen
 from speed.results import Results, table
 
@@ -25,7 +26,7 @@ TINY = (Grid(("tiny",), batches=(1, 2), contexts=(8, 24), removed=(50,)),
 def main(description: str, grid: Grid, sizes: Sizes, device: str) -> None:
     """Run the command. Ends with 1 where a case failed, with 2 for a wrong argument."""
     arguments = _parser(description, grid, device).parse_args()
-    console.quiet_libraries()
+    machine.quiet_libraries()
     try:
         raise SystemExit(_run(arguments, grid, sizes, device))
     except BipdeployError as error:

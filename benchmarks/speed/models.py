@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import bipdeploy
-from bipdeploy.checkpoint import CheckpointWriter
-from bipdeploy.families import architecture
+from bipdeploy.model.checkpoint import CheckpointWriter
+from bipdeploy.model.families import architecture
 
 TOKENIZER = Path(bipdeploy.__file__).parent / "builtin" / "pico"
 # As LLaMA's own initialisation: hidden states then stay far within the range of every 16-bit type.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts
+from bipdeploy.running import artifacts
 
 # Seconds of a case at 7B on a GPU, guessed high, until one like it has been measured.
 GUESSED = {"score": 100, "decode": 300, "prefill": 80, "refit": 240, "slice": 80, "onnx": 480,

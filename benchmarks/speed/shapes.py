@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bipdeploy.allocation import uniform_widths
-from bipdeploy.families import architecture
-from bipdeploy.modeling.formats import pruned_config
-from bipdeploy.recipe import PruneSection
+from bipdeploy.model.families import architecture
+from bipdeploy.model.formats import pruned_config
+from bipdeploy.pruning.allocation import uniform_widths
+from bipdeploy.recipe.prune import PruneSection
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from bipdeploy.activations import Batches, Keep
-from bipdeploy.allocation import BlockScores, Kept, keep
-from bipdeploy.artifacts import PeakMemory
-from bipdeploy.blocks import Block, BlockWalker
-from bipdeploy.families import architecture
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.recipe import ScoreSection
-from bipdeploy.slicing import slice_block
+from bipdeploy.model.activations import Batches, Keep
+from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.families import architecture
+from bipdeploy.pruning.allocation import BlockScores, Kept, keep
+from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.recipe.score import ScoreSection
+from bipdeploy.running.machine import PeakMemory
 from bipdeploy.stages.recover import refit_block
 from bipdeploy.stages.score import score_together
 from speed.cases import Case, Sizes

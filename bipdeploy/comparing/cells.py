@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, pipeline, recipe_file, sources, tasks
-from bipdeploy.calibration import calibration_split, test_split, training_split
-from bipdeploy.checkpoint import read_config
-from bipdeploy.comparison import REPAIRS, Method, method
 from bipdeploy.data import text
-from bipdeploy.depth import unprotected
+from bipdeploy.data.calibration import calibration_split, test_split, training_split
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.preflight import preflight
-from bipdeploy.recipe import PruneSection, Recipe, RecoverSection
-
-# Of each part what is left of a block without it, as a factor of the dense widths.
-_LEFT = {"blocks": (0, 0), "attention": (0, 1), "ffn": (1, 0)}
+from bipdeploy.measuring import tasks
+from bipdeploy.model import sources
+from bipdeploy.model.families import Architecture
+from bipdeploy.pipeline.keys import WHERE, plain
+from bipdeploy.pipeline.preflight import refuse
+from bipdeploy.planning.resolved import Resolved, resolved_at
+from bipdeploy.pruning.depth import droppable
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.methods import Method, method
+from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts, machine
+from bipdeploy.stages.table import STAGES
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,22 @@ class Cell:
 class Plan:
     """All that is to be measured. `context`: what every result depends on beside the recipe."""
 
-    recipe: Recipe
-    dense: Path
-    arch: Architecture
+    resolved: Resolved
     cells: tuple[Cell, ...]
     context: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.resolved.recipe
+
+    @property
+    def arch(self) -> Architecture:
+        return self.resolved.architecture
+
+    @property
+    def dense(self) -> Path:
+        assert self.resolved.folder is not None
+        return self.resolved.folder
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -52,14 +65,14 @@ def plan(recipe: Recipe) -> Plan:
     recipe = _compared(recipe)
     dense = sources.model_folder(recipe.model.id, recipe.model.revision,
                                  code=recipe.model.trust_remote_code)
-    arch = architecture(read_config(dense))
+    resolved = resolved_at(recipe, dense)
     section = recipe.compare
     repairs = section.repairs_of(recipe.score.propagation)
     ratios = sorted(set(section.ratios))
     cells = tuple(Cell(seed, m, ratio, repair) for seed in dict.fromkeys(section.seeds)
                   for m, own in repairs.items() for ratio in ratios for repair in own)
-    _require_possible(recipe, dense, arch, cells)
-    return Plan(recipe, dense, arch, cells, _context(recipe, dense))
+    _require_possible(resolved, cells)
+    return Plan(resolved, cells, _context(recipe, dense))
 
 
 def _compared(recipe: Recipe) -> Recipe:
@@ -75,12 +88,11 @@ def _changed(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
     return recipe_file.build({**data, **sections}, "compare")
 
 
-def _require_possible(recipe: Recipe, dense: Path, arch: Architecture,
-                      cells: tuple[Cell, ...]) -> None:
+def _require_possible(resolved: Resolved, cells: tuple[Cell, ...]) -> None:
     faults: dict[str, None] = {}
     for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
         try:
-            preflight(recipe_of(recipe, arch, at), read_config(dense))
+            refuse(resolved.under(recipe_of(resolved.recipe, resolved.architecture, at)))
         except InputError as error:
             faults[str(error)] = None
     if faults:
@@ -94,11 +106,11 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     prune = {**data["prune"], "ratio": cell.ratio, "target": None, "depth": {},
              "layers": "uniform" if part else own.layers}
     if part:
-        prune["depth"] = {part: dropped(arch, recipe.prune, part, cell.ratio)}
+        prune["depth"] = {part: droppable(arch, recipe.prune, part, cell.ratio)}
     sections: dict[str, Any] = {
         "seed": cell.seed, "prune": prune, "lora": {**data["lora"], "enabled": False},
         "score": {"criterion": own.criterion, "propagation": own.propagation or "bound"}}
-    for name, settings in REPAIRS[cell.repair].items():
+    for name, settings in REPAIRS_COMPARED[cell.repair].items():
         sections[name] = _laid_over(sections.get(name, data[name]), settings)
     return _changed(recipe, sections)
 
@@ -109,29 +121,13 @@ def _laid_over(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
                        for name, value in settings.items()}}
 
 
-def dropped(arch: Architecture, section: PruneSection, part: str, ratio: float) -> int:
-    """How many blocks, attentions or FFNs weigh less than the ratio: at most half of them, so that
-    widths can make up the rest. Raises InputError where one already weighs more."""
-    inner = unprotected(arch, section)
-    heads, channels = _LEFT[part]
-    size = max(arch.block_parameters(i) - arch.block_parameters(i, BlockWidths(
-        arch.blocks[i].heads * heads, arch.blocks[i].kv_heads * heads,
-        arch.blocks[i].intermediate * channels)) for i in inner)
-    total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
-    count = min(math.ceil(ratio * total / size) - 1, len(inner) // 2)
-    if count < 1:
-        raise InputError(f"compare: depth:{part} at ratio {ratio:g} drops nothing, since one is "
-                         f"{size / total:.3g} of the parameters; raise the ratio or leave it out")
-    return count
-
-
 def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
-    environment = artifacts.environment()
+    environment = machine.environment()
     perplexity, zero_shot = recipe.evaluate.perplexity, recipe.evaluate.zero_shot
     return {
         "model": sources.fingerprint(dense), "code": environment["code"],
         "libraries": environment["libraries"] | {
-            name: artifacts.version_of(name) for name in ("lm_eval",) if zero_shot.enabled},
+            name: machine.version_of(name) for name in ("lm_eval",) if zero_shot.enabled},
         "gpus": [] if recipe.model.device == "cpu" else environment["hardware"]["gpus"],
         "calibration": text.fingerprint(recipe.calibration.data, calibration_split(recipe)),
         "test": [text.fingerprint(data, test_split(recipe))
@@ -149,26 +145,21 @@ def key(wanted: Plan, cell: Cell) -> str:
     """A digest of all that a cell's figures depend on."""
     own = recipe_of(wanted.recipe, wanted.arch, cell)
     found = {**wanted.context, **_sections(own, ("model", "hardware", "calibration", "score",
-                                                 "evaluate", "seed", *REPAIRS[cell.repair]))}
-    found["sections"]["recover"] = used(own.recover)
+                                         "evaluate", "seed", *REPAIRS_COMPARED[cell.repair]))}
+    found["sections"]["recover"] = own.recover.used
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
-        found["searched"] = [own.prune.search.model_dump(), used(wanted.recipe.recover)]
+        found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.lora.enabled:
         found["libraries"] = found["libraries"] | {
-            name: artifacts.version_of(name) for name in pipeline.STAGES["lora"].libraries}
+            name: machine.version_of(name) for name in STAGES["lora"].libraries}
         found["training"] = text.fingerprint(own.lora.data, training_split(own))
     return artifacts.digest(found)
 
 
-def used(section: RecoverSection) -> dict[str, Any]:
-    """The fields of `recover` that its method reads."""
-    return section.model_dump(exclude=set() if section.method == "refit" else {"refit"})
-
-
 def _sections(recipe: Recipe, names: tuple[str, ...]) -> dict[str, Any]:
     return {"data": recipe.compare.data,
-            "sections": {name: pipeline.plain(getattr(recipe, name), pipeline.WHERE)
+            "sections": {name: plain(getattr(recipe, name), WHERE)
                                                  for name in names}}
 
 
@@ -183,7 +174,7 @@ def current(wanted: Plan, records: list[dict[str, Any]]) -> list[dict[str, Any]]
     methods = {m: n for n, m in enumerate(dict.fromkeys(
         [c.method for c in wanted.cells] + [c.method for c in found]))}
     return [found[cell] for cell in sorted(found, key=lambda c: (
-        methods[c.method], c.ratio, list(REPAIRS).index(c.repair), c.seed))]
+        methods[c.method], c.ratio, list(REPAIRS_COMPARED).index(c.repair), c.seed))]
 
 
 def _key_now(wanted: Plan, cell: Cell) -> str | None:
@@ -200,6 +191,6 @@ def cell_of(record: Mapping[str, Any]) -> Cell | None:
         own = method(record["method"])
     except ValueError:
         return None
-    if record["repair"] not in REPAIRS:
+    if record["repair"] not in REPAIRS_COMPARED:
         return None
     return Cell(record["seed"], own, record["ratio"], record["repair"])

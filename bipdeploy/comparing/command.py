@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, pipeline
 from bipdeploy.comparing import cells, plot, records, results
-from bipdeploy.console import Reporter
-from bipdeploy.recipe import Recipe
+from bipdeploy.pipeline.keys import plain
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts, machine
+from bipdeploy.running.reporter import Reporter
 
 DATA, TABLE, PAGE, PICTURE = "compare.json", "compare.csv", "compare.md", "compare.png"
 
@@ -59,7 +60,7 @@ def _data(wanted: cells.Plan, out: Path, dense: dict[str, Any], command: str,
     held = cells.current(wanted, records.read(out))
     figures = {name: value for name, value in dense.items() if name not in ("test", "answers")}
     return {"command": command, "model": wanted.recipe.model.id,
-            "environment": artifacts.environment(), "recipe": pipeline.plain(wanted.recipe),
+            "environment": machine.environment(), "recipe": plain(wanted.recipe),
             "test": dense["test"], "dense": figures,
             "summary": results.summarise(held, dense),
             "not_run": [{"cell": f"seed {c.seed}, {c.method} at {c.ratio:.0%}, {c.repair}",

@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from bipdeploy.comparing.results import Records, log_axis, ratios_in, repairs_in
-
-# Told apart by shape and by colour (Okabe and Ito's palette).
-MARKS = ("o", "s", "D", "^", "v", "P", "X", "*")
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#D55E00", "#F0E442", "#000000")
+from bipdeploy.comparing.results import Records, ratios_in, repairs_in
+from bipdeploy.reporting.plotting import COLOURS, MARKS, log_axis, logarithmic
 
 
 def draw(summary: Records, dense: float) -> bytes:
@@ -50,14 +47,3 @@ def _marks(panel: Any, entries: Records, methods: list[str], repair: str, number
                    xerr=[s["spread"] for s in entries], fmt=MARKS[number % len(MARKS)],
                    color=COLOURS[number % len(COLOURS)], markersize=5, capsize=2,
                    elinewidth=1, label=repair)
-
-
-def logarithmic(panel: Any, axis: str = "x") -> None:
-    """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    getattr(panel, f"set_{axis}scale")("log")
-    own = getattr(panel, f"{axis}axis")
-    own.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    own.set_minor_formatter(NullFormatter())

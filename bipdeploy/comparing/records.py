@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts
+from bipdeploy.running import artifacts
 
 RECORDS = "records.jsonl"
 _WORK = ".work-"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from bipdeploy.comparison import REPAIRS
+from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.reporting.plotting import as_markdown
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -85,7 +85,7 @@ def with_spread(mean: float, spread: float) -> str:
 def repairs_in(summary: Records) -> list[str]:
     """The repairs that were measured, in the order of their table."""
     present = {s["repair"] for s in summary}
-    return [name for name in REPAIRS if name in present]
+    return [name for name in REPAIRS_COMPARED if name in present]
 
 
 def table(summary: Records, ratios: Sequence[float]) -> list[list[str]]:
@@ -140,11 +140,6 @@ def protocol(data: Mapping[str, Any]) -> str:
             f"    {data['command']}\n")
 
 
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
-
-
 def as_csv(summary: Records) -> str:
     """One line per entry of the summary."""
     fields = ("text", "window", "method", "ratio", "repair", "seeds", "perplexity", "spread",
@@ -154,8 +149,3 @@ def as_csv(summary: Records) -> str:
     writer.writeheader()
     writer.writerows({**s, "seeds": " ".join(map(str, s["seeds"]))} for s in summary)
     return buffer.getvalue()
-
-
-def log_axis(values: Sequence[float]) -> bool:
-    """Whether perplexities are so far apart that only a logarithmic axis shows them."""
-    return max(values) > 4 * min(values) and math.isfinite(max(values))

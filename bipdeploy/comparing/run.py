@@ -19,24 +19,25 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts, pipeline, tasks
-from bipdeploy.activations import keeping
-from bipdeploy.blocks import BlockWalker, compute_device, compute_dtype
-from bipdeploy.calibration import calibration_batches, test_split
-from bipdeploy.checkpoint import read_config
 from bipdeploy.comparing import records
 from bipdeploy.comparing.cells import Cell, Plan, dense_key, key, recipe_of
-from bipdeploy.comparison import REPAIRS
-from bipdeploy.console import Reporter
 from bipdeploy.data import text, windows
+from bipdeploy.data.calibration import calibration_batches, test_split
 from bipdeploy.errors import BipdeployError, StageError
-from bipdeploy.evaluation import zero_shot
-from bipdeploy.evaluation.perplexity import forward_of, perplexity
-from bipdeploy.modeling import loading
-from bipdeploy.recipe import Recipe
+from bipdeploy.measuring import tasks, zero_shot
+from bipdeploy.measuring.perplexity import forward_of, perplexity
+from bipdeploy.model import loading
+from bipdeploy.model.activations import keeping
+from bipdeploy.model.blocks import BlockWalker, compute_device, compute_dtype
+from bipdeploy.pipeline import pipeline
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts
+from bipdeploy.running.reporter import Reporter
 from bipdeploy.stages import prune, score
 from bipdeploy.stages.evaluate import OVERLAP_LIMIT, check_overlap, window_tokens
-from bipdeploy.stages.job import Job
+from bipdeploy.stages.table import STAGES
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Meter:
     """Measures models on the same texts and tasks; each text is read and tokenised once."""
 
     def __init__(self, wanted: Plan, out: Path, reporter: Reporter):
-        tuned = any("lora" in REPAIRS[cell.repair] for cell in wanted.cells)
+        tuned = any("lora" in REPAIRS_COMPARED[cell.repair] for cell in wanted.cells)
         self.recipe = wanted.recipe.model_copy(update={
             "lora": wanted.recipe.lora.model_copy(update={"enabled": tuned})})
         self.dense, self._out = wanted.dense, out
@@ -60,7 +61,7 @@ class Meter:
         self._lengths = {str(w): window_tokens(w, wanted.arch.max_positions)
                          for w in self._section.windows}
         self._device = compute_device(self.recipe.model)
-        self._dtype = compute_dtype(self.recipe.model, read_config(self.dense), self._device)
+        self._dtype = compute_dtype(self.recipe.model, wanted.resolved.config, self._device)
 
     @cached_property
     def _texts(self) -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
@@ -186,7 +187,7 @@ def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path
     """Score by all criteria of one seed's cells together; the folder of each by its name."""
     asked = {c.method.ranking: recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
     recipe = next(iter(asked.values()))
-    walker = BlockWalker(wanted.dense, recipe.model)
+    walker = BlockWalker(wanted.resolved.checkpoint, recipe.model)
     drawn, provenance = calibration_batches(recipe, wanted.dense, wanted.arch.max_positions)
     sections = [r.score for r in asked.values()]
     size = score.kept_bytes(walker, drawn, sections)
@@ -214,12 +215,13 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
             if not curves.is_file():
                 with pipeline.finishing("prune"):
                     artifacts.write_json(curves, prune.curves_record(*prune.measured_curves(
-                        pruning, wanted.dense, score.read_scores(scores), work, lambda: None)))
+                        pruning, wanted.resolved.checkpoint, score.read_scores(scores), work,
+                        lambda: None)))
             inputs["curves"] = curves
         _stage("prune", pruning, inputs, sliced)
         _require_budget(wanted, sliced, recipe[cells[0]])
-        by_repair = sorted(cells, key=lambda c: str(REPAIRS[c.repair]["recover"]))
-        for recover, same in groupby(by_repair, lambda c: REPAIRS[c.repair]["recover"]):
+        by_repair = sorted(cells, key=lambda c: str(REPAIRS_COMPARED[c.repair]["recover"]))
+        for recover, same in groupby(by_repair, lambda c: REPAIRS_COMPARED[c.repair]["recover"]):
             alike = list(same)
             with _failing(alike, done), _temporary(work / "repaired") as repaired:
                 made = sliced
@@ -239,12 +241,12 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
 @contextmanager
 def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -> Iterator[Path]:
     """The folder whose `model` is measured: what was made, or that after LoRA where asked for."""
-    if "lora" not in REPAIRS[cell.repair]:
+    if "lora" not in REPAIRS_COMPARED[cell.repair]:
         yield made
         return
     with _temporary(folder):
         inputs = {name: wanted.dense if name == "dense" else made / "model"
-                  for name in pipeline.STAGES["lora"].inputs}
+                  for name in STAGES["lora"].needs}
         _stage("lora", recipe, inputs, folder)
         # What an interrupted training would go on from; the next cell is another one.
         shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
@@ -255,7 +257,7 @@ def _stage(name: str, recipe: Recipe, inputs: dict[str, Path], out: Path) -> Non
     """Run a stage without a manifest: what it makes is deleted soon, so nothing is hashed."""
     try:
         with pipeline.finishing(name):
-            pipeline.STAGES[name].function(name)(Job(recipe, inputs, out))
+            STAGES[name].load()(Job(recipe, inputs, out))
     except OSError as error:
         raise artifacts.unwritable(out, error) from error
 

@@ -5,25 +5,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bipdeploy import artifacts
-from bipdeploy.blocks import compute_device, compute_dtype
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import StageError
 from bipdeploy.exporters import portability
 from bipdeploy.exporters.portability import Question
-from bipdeploy.families import architecture
-from bipdeploy.figures import compared
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading, routes
+from bipdeploy.model.blocks import compute_device, compute_dtype
+from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
-
-if TYPE_CHECKING:
-    from bipdeploy.stages.job import Job
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.figures import compared
+from bipdeploy.running import artifacts
 
 # Largest difference of logits, as a share of the largest logit, by the type of the graph.
 TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
@@ -45,7 +42,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
             onnx_folder.write(source, whole, style=style, dtype="float32")
         for name, copy in copies.items():
             quantize(whole, copy, name)
-    question = portability.draw_question(architecture(source.config), job.recipe.seed, PROMPTS,
+    question = portability.draw_question(source.architecture, job.recipe.seed, PROMPTS,
                                          NEW_TOKENS, dtype, str(compute_device(job.recipe.model)))
     reference = portability.reference(source.folder, question)
     expected = sliced_logits(source.folder, question)
@@ -112,9 +109,9 @@ def in_genai(written: Path, question: Question, reference: Mapping[str, Any]) ->
     try:
         import onnxruntime_genai as genai
     except ImportError:
-        return portability.not_run("onnxruntime-genai is not installed")
+        return routes.not_run("onnxruntime-genai is not installed")
     if question.dtype != "float32":
-        return portability.not_run(f"greedy tokens are compared in float32, this is "
+        return routes.not_run(f"greedy tokens are compared in float32, this is "
                                    f"{question.dtype}")
     model = genai.Model(str(written))
     tokens = []
@@ -130,7 +127,7 @@ def in_genai(written: Path, question: Question, reference: Mapping[str, Any]) ->
         tokens.append([int(t) for t in generator.get_sequence(0)[len(prompt):]])
     agreed = portability.compare(reference, {"tokens": tokens, "scored": reference["logprobs"]},
                                  question.dtype)
-    return {"status": portability.FAILED if agreed["why"] else portability.VERIFIED,
+    return {"status": routes.FAILED if agreed["why"] else routes.VERIFIED,
             "why": agreed["why"], "equal_tokens": agreed["equal_tokens"],
             "prompts": agreed["prompts"]}
 

@@ -19,42 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.families import Architecture
+from bipdeploy.model.families import Architecture
+from bipdeploy.model.routes import FAILED, ROUTES, VERIFIED, Route
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving import probe
 from bipdeploy.serving.engine import Engine
 
 PROMPT_TOKENS = (5, 9, 17, 33)  # lengths of the prompts, in turn
-VERIFIED, FAILED, NOT_RUN = "verified", "failed", "not run"
 
-
-@dataclass(frozen=True)
-class Route:
-    """A way to load a checkpoint. `stock` and `per_block`: for which checkpoints it is a way."""
-
-    engine: str
-    title: str
-    how: str
-    stock: bool
-    per_block: bool
-    bipdeploy: bool = False
-    trust_remote_code: bool = False
-    model_impl: str | None = None  # of vLLM, where it is not to choose
-
-
-# Ways in the order of the table that the report and the model card show.
-ROUTES: dict[str, Route] = {
-    "transformers.stock": Route("transformers", "transformers", "as it is", True, False),
-    "transformers.remote_code": Route("transformers", "transformers", "trust_remote_code=True",
-                                      False, True, trust_remote_code=True),
-    "transformers.bipdeploy": Route("transformers", "transformers", "bipdeploy installed",
-                                    False, True, bipdeploy=True),
-    "vllm.stock": Route("vllm", "vLLM", "as it is", True, False),
-    "vllm.transformers_backend": Route("vllm", "vLLM", "Transformers backend, "
-                                       "--trust-remote-code", True, True, trust_remote_code=True,
-                                       model_impl="transformers"),
-    "vllm.plugin": Route("vllm", "vLLM", "bipdeploy installed", False, True, bipdeploy=True),
-}
 
 # How far log-probabilities of one model may lie apart between engines (natural logarithm).
 TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.5}
@@ -87,19 +59,6 @@ def reference(sliced: Path, question: Question) -> dict[str, Any]:
         return ask(Route("transformers", "", "", True, True, bipdeploy=True), sliced, question, [])
     except ProbeFailed as failed:
         raise StageError(f"the sliced model cannot be run: {failed}") from failed
-
-
-def not_run(why: str) -> dict[str, Any]:
-    return {"status": NOT_RUN, "why": why}
-
-
-def inapplicable(name: str, per_block: bool) -> str | None:
-    """Why a route is no way to load such a checkpoint; None where it is one."""
-    if per_block and not ROUTES[name].per_block:
-        return "no stock class holds blocks of different widths"
-    if not per_block and not ROUTES[name].stock:
-        return "not needed, this is a stock checkpoint"
-    return None
 
 
 def verify(name: str, folder: Path, question: Question, reference: Mapping[str, Any],
@@ -182,34 +141,3 @@ def compare(reference: Mapping[str, Any], answer: Mapping[str, Any], dtype: str)
         why = f"log-probabilities differ by {largest:.3g}, allowed {allowed:g}"
     return {"why": why, "prompts": len(reference["tokens"]), "equal_tokens": equal, "ties": ties,
             "largest_logprob_difference": largest}
-
-
-def of_export(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of every route in an `export.json`, also where `vllm` was not written."""
-    written = record.get("vllm", {})
-    if "portability" in written:
-        return written["portability"]
-    results = {name: not_run(written.get("not_run", "export.vllm is not part of this export"))
-               for name in ROUTES}
-    checked = record.get("transformers", {})
-    if "verified" in checked:
-        name = ("transformers.bipdeploy" if checked["architecture"].startswith("Bipdeploy")
-                else "transformers.stock")
-        results[name] = {"status": VERIFIED, "why": None}
-    return results
-
-
-def table(portability: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(engine, how, result) for every route, to be read by people."""
-    rows = []
-    for name, route in ROUTES.items():
-        entry = portability.get(name, not_run("not asked for"))
-        said = entry["status"]
-        if entry["status"] == VERIFIED and "equal_tokens" in entry:
-            said += (f": {entry['equal_tokens']} of {entry['prompts']} prompts continue with the "
-                     "same tokens, log-probabilities within "
-                     f"{entry['largest_logprob_difference']:.1g}")
-        elif entry.get("why"):
-            said += f": {entry['why']}"
-        rows.append((route.title, route.how, said))
-    return rows

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import StageError
-from bipdeploy.exporters.card import model_card
-from bipdeploy.exporters.folder import add_code, copy_checkpoint, is_per_block
-from bipdeploy.modeling import loading
-
-if TYPE_CHECKING:
-    from bipdeploy.stages.job import Job
+from bipdeploy.model import loading
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.folder import add_code, copy_checkpoint
+from bipdeploy.model.formats import is_per_block
+from bipdeploy.planning.job import Job
+from bipdeploy.reporting.card import model_card
 
 # Both sides compute in the same type; what differs is the order of sums.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}

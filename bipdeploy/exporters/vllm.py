@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bipdeploy.blocks import compute_device, release_memory
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.exporters import portability
-from bipdeploy.exporters.card import model_card
-from bipdeploy.exporters.folder import add_code, copy_checkpoint, is_per_block
-from bipdeploy.exporters.portability import ROUTES
-from bipdeploy.families import Architecture, architecture
-from bipdeploy.modeling.formats import ZERO_ATTENTION, vllm_config
+from bipdeploy.model import routes
+from bipdeploy.model.blocks import compute_device, release_memory
+from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.model.families import Architecture
+from bipdeploy.model.folder import add_code, copy_checkpoint
+from bipdeploy.model.formats import ZERO_ATTENTION, is_per_block, vllm_config
+from bipdeploy.model.routes import ROUTES
+from bipdeploy.planning.job import Job
+from bipdeploy.reporting.card import model_card
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving.engine import Engine
-
-if TYPE_CHECKING:
-    from bipdeploy.stages.job import Job
 
 
 def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -33,7 +32,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     per_block = is_per_block(config)
     results = verify_all(job, source, out, per_block)
     for name, result in results.items():
-        if result["status"] == portability.FAILED:
+        if result["status"] == routes.FAILED:
             if ROUTES[name].engine == "transformers":
                 raise StageError(f"the exported model does not work in transformers "
                                  f"({ROUTES[name].how}): {result['why']}")
@@ -41,7 +40,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     (out / "README.md").write_text(model_card(
         Checkpoint(out), job.recipe if "prune" in job.inputs else None, results))
     tried = {result["status"] for name, result in results.items() if ROUTES[name].engine == "vllm"}
-    verified = float(portability.VERIFIED in tried and portability.FAILED not in tried)
+    verified = float(routes.VERIFIED in tried and routes.FAILED not in tried)
     return {"vllm.verified": verified}, {
         "architecture": config["architectures"][0], "portability": results,
         "needs": "bipdeploy installed, or --trust-remote-code" if per_block
@@ -55,7 +54,7 @@ def write(source: Checkpoint, out: Path, tensor_parallel: int) -> None:
     as `tensor_parallel` heads with zero weights, which add exactly nothing; our plugin knows them
     by the list in the configuration, and keeps no KV cache for them.
     """
-    arch = architecture(source.config)
+    arch = source.architecture
     config = vllm_config(source.config, arch, tensor_parallel)
     if config == source.config:
         copy_checkpoint(source, out)
@@ -91,7 +90,7 @@ def zero_attention(arch: Architecture, heads: int, dtype: torch.dtype) -> dict[s
 def verify_all(job: Job, source: Checkpoint, out: Path, per_block: bool) -> dict[str, Any]:
     """The result of every route, in the order of the table."""
     release_memory()
-    section, arch = job.recipe.export.vllm, architecture(source.config)
+    section, arch = job.recipe.export.vllm, source.architecture
     question = portability.draw_question(arch, job.recipe.seed, section.prompts,
                                          section.new_tokens, section.dtype,
                                          str(compute_device(job.recipe.model)))
@@ -104,9 +103,9 @@ def verify_all(job: Job, source: Checkpoint, out: Path, per_block: bool) -> dict
         split = 1
     results: dict[str, Any] = {}
     for name, route in ROUTES.items():
-        why = portability.inapplicable(name, per_block)
+        why = routes.inapplicable(name, per_block)
         if why or (missing and route.engine == "vllm"):
-            results[name] = portability.not_run(why or missing)
+            results[name] = routes.not_run(why or missing)
         else:
             results[name] = portability.verify(name, out, question, reference, engine, split)
     return results

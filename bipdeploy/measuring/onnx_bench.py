@@ -7,22 +7,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from bipdeploy.blocks import compute_device, compute_dtype
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.exporters.folder import onnx_folders
-from bipdeploy.figures import VERSUS_TORCH
 from bipdeploy.measuring import torch_bench
 from bipdeploy.measuring.timing import interleaved, speedup
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading
+from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.ort import folder as onnx_folder
+from bipdeploy.ort.folder import onnx_folders
 from bipdeploy.ort.runtime import OnnxModel
-
-if TYPE_CHECKING:
-    from bipdeploy.stages.job import Job
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.figures import VERSUS_TORCH
 
 MEASURES = ("prefill", "decode", "ttft")
 PAUSE = 0.05  # seconds; the threads of the session that ran before still spin for a moment
@@ -32,12 +29,12 @@ DENSE, TORCH = "onnx dense", "torch pruned"
 def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures and details. The dense model is exported in the same style and type for it."""
     section, device = job.recipe.bench.onnx, compute_device(job.recipe.model)
-    dense = Checkpoint(job.inputs["dense"])
+    dense = job.dense.checkpoint
     dtype = compute_dtype(job.recipe.model, dense.config, device)
     written = onnx_folders(job.inputs["export"])
     contents = onnx_folder.read(written["onnx"])
     generator = torch.Generator().manual_seed(job.recipe.seed)
-    ids = torch.randint(dense.config["vocab_size"], (section.batch, section.prompt_tokens),
+    ids = torch.randint(job.dense.architecture.vocabulary, (section.batch, section.prompt_tokens),
                         generator=generator)
     job.reporter.total(section.warmup + section.repeats, "rounds")
     with tempfile.TemporaryDirectory(dir=job.out, prefix=".dense-") as place:

@@ -22,17 +22,18 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts, latency
-from bipdeploy.blocks import compute_device, compute_dtype
-from bipdeploy.console import Reporter, Silent
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.latency import Curve, Phase, Table
 from bipdeploy.measuring.timing import Spread, interleaved
 from bipdeploy.measuring.torch_bench import generate
-from bipdeploy.modeling import loading
-from bipdeploy.modeling.formats import pruned_config
-from bipdeploy.recipe import ModelSection
+from bipdeploy.model import loading
+from bipdeploy.model.blocks import compute_device, compute_dtype
+from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.formats import pruned_config
+from bipdeploy.planning import latency
+from bipdeploy.planning.latency import Curve, Phase, Table
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.running import machine
+from bipdeploy.running.reporter import Reporter, Silent
 
 POINTS = 6  # widths of each part
 STEPS = 8  # decode steps timed in each round
@@ -41,22 +42,22 @@ _BYTES = 4 << 30  # of the blocks that are timed; far above any last-level cache
 _LEAST = 4  # blocks, however large
 
 
-def obtain(key: dict[str, Any], config: Mapping[str, Any], section: ModelSection,
-           reporter: Reporter | None = None, cache: Path | None = None, *,
+def obtain(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
+           section: ModelSection, reporter: Reporter | None = None, cache: Path | None = None, *,
            force: bool = False) -> Table:
     """The table of `latency.key`, from the cache or measured now and kept there."""
     table = None if force else latency.lookup(key, cache)
     if table is None:
-        table = measure(key, config, section, reporter or Silent())
+        table = measure(key, config, arch, section, reporter or Silent())
         latency.store(table, cache)
     return table
 
 
 @torch.inference_mode()
-def measure(key: dict[str, Any], config: Mapping[str, Any], section: ModelSection,
-            reporter: Reporter) -> Table:
+def measure(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
+            section: ModelSection, reporter: Reporter) -> Table:
     """Time every variant in interleaved rounds. Raises InputError where the context is too long."""
-    began, arch = time.time(), architecture(config)
+    began = time.time()
     if key["context"] + STEPS + 1 > arch.max_positions:
         raise InputError(f"a context of {key['context']} tokens and {STEPS + 1} timed ones pass "
                          f"the model's maximum of {arch.max_positions}; lower the context")
@@ -82,7 +83,7 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], section: ModelSectio
                  {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(),
                   "clock": clock.__name__,
                   "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                  "environment": artifacts.environment()})
+                  "environment": machine.environment()})
 
 
 def _variants(dense: BlockWidths) -> dict[str, BlockWidths]:

@@ -11,19 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.blocks import compute_device, compute_dtype
-from bipdeploy.checkpoint import read_config
-from bipdeploy.errors import InputError, StageError, says_no_memory
-from bipdeploy.families import architecture
-from bipdeploy.figures import compared
+from bipdeploy.errors import StageError, says_no_memory
+from bipdeploy.measuring.table import refuse_torch
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.modeling import loading
-from bipdeploy.recipe_bench import OnnxBench, TorchBench
+from bipdeploy.model import loading
+from bipdeploy.model.blocks import compute_device, compute_dtype
+from bipdeploy.model.checkpoint import read_config
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.bench import OnnxBench, TorchBench
+from bipdeploy.recipe.figures import compared
 
 if TYPE_CHECKING:
     import torch
-
-    from bipdeploy.stages.job import Job
 
 
 def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
@@ -32,19 +31,15 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
 
     section = job.recipe.bench.torch
     folders = {"dense": job.inputs["dense"], "pruned": job.inputs["exported"]}
-    config = read_config(folders["dense"])
-    longest = architecture(config).max_positions
-    if section.prompt_tokens + section.new_tokens > longest:
-        raise InputError(f"bench.torch: prompt_tokens {section.prompt_tokens} and new_tokens "
-                         f"{section.new_tokens} pass the model's maximum of {longest}; lower them")
+    refuse_torch(job.dense)
     device = compute_device(job.recipe.model)
-    dtype = compute_dtype(job.recipe.model, config, device)
+    dtype = compute_dtype(job.recipe.model, job.dense.config, device)
     job.reporter.total(section.warmup + section.repeats + 2 * section.memory, "rounds")
     models = {which: loading.load_model(folder, dtype, device,
                                         trust_remote_code=job.recipe.model.trust_remote_code)
               for which, folder in folders.items()}
     generator = torch.Generator().manual_seed(job.recipe.seed)
-    ids = torch.randint(config["vocab_size"], (section.batch, section.prompt_tokens),
+    ids = torch.randint(job.dense.architecture.vocabulary, (section.batch, section.prompt_tokens),
                         generator=generator).to(device)
     runs = {which: partial(generate, model, ids, section.new_tokens)
             for which, model in models.items()}
@@ -132,9 +127,8 @@ def _child() -> None:
     """Load one model, generate once, print the peak."""
     import torch
 
-    from bipdeploy.artifacts import PeakMemory
-    from bipdeploy.console import quiet_libraries
-    from bipdeploy.recipe import ModelSection
+    from bipdeploy.recipe.model import ModelSection
+    from bipdeploy.running.machine import PeakMemory, quiet_libraries
 
     quiet_libraries()
     arguments = json.loads(sys.stdin.read())

@@ -9,22 +9,19 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bipdeploy.blocks import compute_device, compute_dtype, release_memory
-from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.families import Architecture
-from bipdeploy.figures import VLLM_PERCENTILES as PERCENTILES
-from bipdeploy.figures import compared, load_points
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
+from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
+from bipdeploy.model.families import Architecture
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.figures import VLLM_PERCENTILES as PERCENTILES
+from bipdeploy.recipe.figures import compared, load_points
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving import server
 from bipdeploy.serving.engine import Engine
 from bipdeploy.serving.server import Server
-
-if TYPE_CHECKING:
-    from bipdeploy.stages.job import Job
 
 RATES = ("requests", "output_tokens", "throughput")  # more is faster; of times, less is
 # `vllm bench latency` draws token ids below this, whatever the model's vocabulary.
@@ -58,7 +55,7 @@ class Measurement:
         self.job, self.engine, self.folders, self.sizes = job, engine, folders, sizes
         self.section = job.recipe.bench.vllm
         self.points = load_points(self.section)
-        dtype = compute_dtype(job.recipe.model, read_config(folders["dense"]),
+        dtype = compute_dtype(job.recipe.model, job.dense.config,
                               compute_device(job.recipe.model))
         tokens = self.section.prompt_tokens + self.section.new_tokens
         eager = engine.device == "cpu" if self.section.eager == "auto" else self.section.eager

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bipdeploy.artifacts import sha256, write_json
-from bipdeploy.checkpoint import COMPANIONS, Checkpoint, write_companions
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, BlockWidths, architecture
-from bipdeploy.modeling.formats import CODE_FILE
+from bipdeploy.model.checkpoint import COMPANIONS, Checkpoint, write_companions
+from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.formats import CODE_FILE
 from bipdeploy.ort.installed import require
+from bipdeploy.running.artifacts import sha256, write_json
 
 MODEL, LAST, DATA = "model.onnx", "model_last.onnx", "model.onnx.data"
 RECORD, GENAI = "bipdeploy.json", "genai_config.json"
@@ -56,13 +56,14 @@ def write(source: Checkpoint, out: Path, *, style: str, dtype: str) -> None:
     require("onnx", "onnx_ir")
     import onnx_ir as ir
 
-    from bipdeploy.exporters.folder import add_code, is_per_block
+    from bipdeploy.model.folder import add_code
+    from bipdeploy.model.formats import is_per_block
     from bipdeploy.ort import graph
 
     model = graph.build(source, style, dtype)
     out.mkdir(parents=True)
     ir.save(model, out / MODEL, external_data=DATA)
-    arch = architecture(source.config)
+    arch = source.architecture
     shutil.copyfile(source.folder / "config.json", out / "config.json")
     if is_per_block(source.config):
         add_code(out)
@@ -148,3 +149,12 @@ def genai_config(source: Checkpoint, arch: Architecture, style: str, dtype: str)
                        "top_k": stated.get("top_k") or 50, "top_p": stated.get("top_p") or 1.0,
                        "max_length": arch.max_positions,
                        "past_present_share_buffer": style == "gqa"}}
+
+
+def onnx_folders(export: Path | None) -> dict[str, Path]:
+    """The ONNX folders that an export stage wrote, by the prefix of their figures: `onnx`,
+    `onnx.int4`…"""
+    if export is None:
+        return {}
+    return {folder.name.replace("-", ".", 1): folder for folder in sorted(export.glob("onnx*"))
+            if (folder / "model.onnx").is_file()}

@@ -19,10 +19,10 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import InputError, did_you_mean
-from bipdeploy.families import Architecture, architecture
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import Architecture
 from bipdeploy.ort import rope
 from bipdeploy.ort.nodes import IR_VERSION, MICROSOFT, Nodes
 
@@ -41,7 +41,7 @@ def build(source: Checkpoint, style: str, dtype: str) -> ir.Model:
         raise InputError(f"style {style!r} is no ONNX graph style{did_you_mean(style, STYLES)}")
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is no type of ONNX weights{did_you_mean(dtype, DTYPES)}")
-    arch = architecture(source.config)
+    arch = source.architecture
     config = loading.load_config(source.folder)
     _check(arch, config)
     return STYLES[style](Nodes(source, getattr(torch, dtype)), arch, config).model()

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 
-from bipdeploy.checkpoint import Checkpoint, require_finite
 from bipdeploy.errors import InputError
+from bipdeploy.model.checkpoint import Checkpoint, require_finite
 
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
 IR_VERSION = 10  # the oldest that has all that is written here

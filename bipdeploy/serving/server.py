@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import divisibility
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.families import Architecture, architecture
-from bipdeploy.modeling.formats import misread
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.families import Architecture
+from bipdeploy.model.formats import misread
+from bipdeploy.pruning import divisibility
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving.engine import Engine
 
@@ -36,7 +36,7 @@ def checked(folder: Path, engine: Engine, tensor_parallel: int = 1) -> Architect
     later.
     """
     checkpoint = Checkpoint(folder)
-    arch = architecture(checkpoint.config)
+    arch = checkpoint.architecture
     checkpoint.verify()
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise InputError(f"{folder} has no tokenizer.json; copy it from the dense model")

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bipdeploy.blocks import compute_device, compute_dtype
-from bipdeploy.calibration import calibration_split, test_split, training_split
-from bipdeploy.checkpoint import read_config
 from bipdeploy.data import text, windows
+from bipdeploy.data.calibration import calibration_split, test_split, training_split
 from bipdeploy.errors import InputError
-from bipdeploy.evaluation import zero_shot
-from bipdeploy.evaluation.perplexity import Forward, Perplexity, forward_of, perplexity
-from bipdeploy.exporters.folder import onnx_folders
-from bipdeploy.families import architecture
-from bipdeploy.figures import VERSUS_TORCH, compared
-from bipdeploy.modeling import loading
-from bipdeploy.recipe import Recipe
-from bipdeploy.recipe_base import TextSection
-from bipdeploy.recipe_lora import LoraSection
-from bipdeploy.stages.job import Job
+from bipdeploy.measuring import zero_shot
+from bipdeploy.measuring.perplexity import Forward, Perplexity, forward_of, perplexity
+from bipdeploy.model import loading
+from bipdeploy.model.blocks import compute_device, compute_dtype
+from bipdeploy.ort.folder import onnx_folders
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.base import TextSection
+from bipdeploy.recipe.figures import VERSUS_TORCH, compared
+from bipdeploy.recipe.lora import LoraSection
+from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.tuning.data import ALPACA_COLUMNS
 
 OVERLAP_LIMIT = 0.01  # share of 13-grams; a few stock phrases recur in any two texts
@@ -46,8 +44,7 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures and protocol of dense and pruned perplexity on the same windows."""
     recipe, section = job.recipe, job.recipe.evaluate.perplexity
     folders = {"dense": job.inputs["dense"], "pruned": job.inputs["exported"]}
-    config = read_config(folders["dense"])
-    lengths = {w: window_tokens(w, architecture(config).max_positions) for w in section.windows}
+    lengths = {w: window_tokens(w, job.dense.architecture.max_positions) for w in section.windows}
     source = text.read(section.data, test_split(recipe), section.field)
     overlap = check_overlap(recipe, source)
     for used, share in overlap.items():
@@ -59,7 +56,7 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     tokens_per_byte = len(full) / len(source.joined().encode())
     ids = full[:section.max_tokens]
     device = compute_device(recipe.model)
-    dtype = compute_dtype(recipe.model, config, device)
+    dtype = compute_dtype(recipe.model, job.dense.config, device)
     onnx = onnx_folders(job.inputs.get("export"))
     steps = sum(len(ids) // n for n in lengths.values())
     job.reporter.total((2 + len(onnx)) * steps, "windows")

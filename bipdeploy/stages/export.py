@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bipdeploy.exporters import EXPORTERS
-from bipdeploy.stages.job import Job
+from bipdeploy.exporters.table import EXPORTERS
+from bipdeploy.planning.job import Job
 
 
 def run(job: Job) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from xml.etree import ElementTree
 
-from bipdeploy import artifacts
-from bipdeploy.recipe import Bounds
-from bipdeploy.stages.job import Job
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.gates import Bounds
+from bipdeploy.running import artifacts
 
 GATES = "gates.json"
 

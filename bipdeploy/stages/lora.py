@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts, sources
-from bipdeploy.blocks import compute_device, release_memory
-from bipdeploy.calibration import training_split
-from bipdeploy.checkpoint import Checkpoint
 from bipdeploy.data import text
+from bipdeploy.data.calibration import training_split
 from bipdeploy.data.windows import token_ids, tokenizer
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.families import architecture
-from bipdeploy.modeling import loading
-from bipdeploy.recipe import Recipe
-from bipdeploy.stages.job import Job
+from bipdeploy.model import loading, sources
+from bipdeploy.model.blocks import compute_device, release_memory
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.planning.job import Job
+from bipdeploy.planning.resolved import Resolved
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts, machine
 from bipdeploy.tuning import adapters, checkpoints, data, launch, training
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import Windows
@@ -40,7 +40,7 @@ def run(job: Job) -> None:
     device = compute_device(recipe.model)
     launch.require_devices(section.processes, device)
     source = Checkpoint(job.inputs["repaired"])
-    limit = architecture(source.config).max_positions
+    limit = source.architecture.max_positions
     if section.tokens > limit:
         raise InputError(f"lora.tokens: {section.tokens} is longer than the model's maximum of "
                          f"{limit}; lower it")
@@ -73,11 +73,13 @@ def run(job: Job) -> None:
     job.write_figures(figures)
 
 
-def check(recipe: Recipe, dense: Path) -> None:
+def rehearse(resolved: Resolved) -> None:
     """Refuse, before the stages that come first, what training could not start with."""
+    recipe = resolved.recipe
     if recipe.lora.enabled:
+        assert resolved.folder is not None
         launch.require_devices(recipe.lora.processes, compute_device(recipe.model))
-        read_windows(recipe, dense)
+        read_windows(recipe, resolved.folder)
 
 
 def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
@@ -94,8 +96,8 @@ def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
         "student": sources.fingerprint(job.inputs["repaired"]),
         "dense": sources.fingerprint(job.inputs["dense"]) if section.distillation.weight else "",
         "text": provenance["text_sha256"], "device": device.type,
-        "code": artifacts.code_version(),
-        "libraries": {name: artifacts.version_of(name) for name in LIBRARIES}})
+        "code": machine.code_version(),
+        "libraries": {name: machine.version_of(name) for name in LIBRARIES}})
     return Task(section, recipe.model, recipe.seed, job.inputs["repaired"], job.inputs["dense"],
                 training_windows, held, artifacts.checkpoint_folder(job.out), identity), provenance
 

@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts, search, targets
-from bipdeploy.activations import keeping
-from bipdeploy.allocation import BlockScores, allocate, keep, part_widths, uniform_widths
-from bipdeploy.blocks import BlockWalker
-from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.errors import InputError
-from bipdeploy.families import Architecture, BlockWidths, architecture, size_figures
-from bipdeploy.latency import Table
 from bipdeploy.measuring import profile
-from bipdeploy.modeling.formats import pruned_config
-from bipdeploy.recipe import Recipe
-from bipdeploy.slicing import slice_block
-from bipdeploy.stages.job import Job
+from bipdeploy.model.activations import keeping
+from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.model.families import BlockWidths, architecture, size_figures
+from bipdeploy.model.formats import pruned_config
+from bipdeploy.planning import targets
+from bipdeploy.planning.job import Job
+from bipdeploy.planning.resolved import Resolved
+from bipdeploy.pruning import search
+from bipdeploy.pruning.allocation import BlockScores, allocate, keep, part_widths
+from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
-from bipdeploy.targets import Target
 
 KEPT = "kept.json"
 SEARCH_RIDGE = 0.01  # of the refits that a search tries, where the recipe's own is `auto`
@@ -33,8 +34,8 @@ SEARCH_RIDGE = 0.01  # of the refits that a search tries, where the recipe's own
 
 def run(job: Job) -> None:
     """Write `model/` (the sliced checkpoint), `kept.json` and the size figures."""
-    dense = Checkpoint(job.inputs["dense"])
-    arch = architecture(dense.config)
+    dense = timed(job)
+    arch, target = dense.architecture, dense.target
     scores = read_scores(job.inputs["score"])
     if len(scores) != len(arch.blocks) or any(
             (len(s.heads), len(s.ffn)) != (w.kv_heads, w.intermediate)
@@ -43,10 +44,9 @@ def run(job: Job) -> None:
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     section = job.recipe.prune
-    target = targets.find(job.recipe, dense.config, profiled(job, dense))
     details: dict[str, Any] = {}
     if section.layers == "searched":
-        widths, details = searched(job, arch, scores, target)
+        widths, details = searched(job, dense, scores)
         kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
@@ -59,10 +59,11 @@ def run(job: Job) -> None:
         widths, kept = allocated(section=section)
     job.reporter.total(len(arch.blocks), "blocks")
     config = pruned_config(dense.config, arch, widths)
-    with CheckpointWriter(job.out / "model", config, dense.folder) as writer:
-        writer.add_outside_blocks(dense, finite=True)  # scoring reads no final norm and no head
+    weights = dense.checkpoint
+    with CheckpointWriter(job.out / "model", config, weights.folder) as writer:
+        writer.add_outside_blocks(weights, finite=True)  # scoring reads no final norm and no head
         for index, choice in enumerate(kept):
-            writer.add(slice_block(dense.block(index), arch, index, choice),
+            writer.add(slice_block(weights.block(index), arch, index, choice),
                        f"model.layers.{index}.")
             job.reporter.advance()
     figures = size_figures(arch, architecture(config))
@@ -79,27 +80,30 @@ def run(job: Job) -> None:
     job.write_figures(figures | (target.figures(widths) if target else {}))
 
 
-def profiled(job: Job, dense: Checkpoint) -> Table | None:
-    """The measured times that the target is about, from the cache or measured now."""
-    key = targets.table_key(job.recipe, dense.config)
-    return profile.obtain(key, dense.config, job.recipe.model, job.reporter) if key else None
+def timed(job: Job) -> Resolved:
+    """The job's model with the measured times that the target is about, from the cache or measured
+    now."""
+    found = job.dense
+    if found.times and not found.table:
+        found = found.measured(profile.obtain(found.times, found.config, found.architecture,
+                                              job.recipe.model, job.reporter))
+    return found
 
 
-def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores], target: Target | None
+def searched(job: Job, dense: Resolved, scores: Sequence[BlockScores]
              ) -> tuple[list[BlockWidths], dict[str, Any]]:
     """The widths that `search` finds for the budget, and what it measured.
 
     Curves that were measured before are the input `curves`.
     """
-    parallel = job.recipe.hardware.tensor_parallel
-    section = targets.settled(arch, job.recipe.prune, target, tensor_parallel=parallel)
-    choices = part_widths(arch, section, tensor_parallel=parallel)
+    arch, section, target = dense.architecture, dense.section, dense.target
+    choices = dense.allowed
     if "curves" in job.inputs:
         record = artifacts.read_json(job.inputs["curves"])
         curves = [search.Curve(**curve) for curve in record["curves"]]
     else:
         job.reporter.total(len(arch.blocks), "blocks searched")
-        curves, windows = measured_curves(job.recipe, job.inputs["dense"], scores, job.out,
+        curves, windows = measured_curves(job.recipe, dense.checkpoint, scores, job.out,
                                           job.reporter.advance)
         record = curves_record(curves, windows)
     if target:
@@ -108,22 +112,21 @@ def searched(job: Job, arch: Architecture, scores: Sequence[BlockScores], target
         total = sum(arch.block_parameters(i) for i in range(len(arch.blocks)))
         assert section.ratio is not None
         widths = search.solve(arch, curves, choices, total * (1 - section.ratio))
-    uniform = uniform_widths(arch, section, tensor_parallel=parallel)
     return widths, {"search": {
         **record,
         # Sums of what single parts cost: what they cost together is for `evaluate` to say.
         "divergence": search.predicted(curves, widths),
-        "divergence_uniform": search.predicted(curves, uniform)}}
+        "divergence_uniform": search.predicted(curves, dense.uniform)}}
 
 
-def measured_curves(recipe: Recipe, dense: Path, scores: Sequence[BlockScores], work: Path,
+def measured_curves(recipe: Recipe, dense: Checkpoint, scores: Sequence[BlockScores], work: Path,
                     advance: Callable[[], None]) -> tuple[list[search.Curve], int]:
     """What each width of each part costs, whatever the ratio, and on how many windows; hidden
     states that spill do so below `work`."""
     section, walker = recipe.prune, BlockWalker(dense, recipe.model)
     arch = walker.architecture
     choices = part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
-    drawn, _ = calibration_batches(recipe, dense, arch.max_positions)
+    drawn, _ = calibration_batches(recipe, dense.folder, arch.max_positions)
     windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
     ridge = recipe.recover.refit.ridge
     ridge = SEARCH_RIDGE if ridge == "auto" else ridge

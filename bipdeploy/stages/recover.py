@@ -1,4 +1,4 @@
-"""Stage `recover`: repair the sliced model. Methods are in `METHODS`."""
+"""Stage `recover`: repair the sliced model. The table of repairs is `repairs.py`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any, Literal
 
 import torch
 
-from bipdeploy.activations import Batches, Keep, keeping
-from bipdeploy.allocation import Kept
-from bipdeploy.blocks import Block, BlockWalker
-from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import CheckpointWriter
-from bipdeploy.families import architecture, size_figures
-from bipdeploy.modeling.formats import biased_config
-from bipdeploy.refit import MeanShift, RidgeProblem, best_ridge
-from bipdeploy.reselection import choose
-from bipdeploy.slicing import add_biases, slice_block
-from bipdeploy.stages.job import Job
+from bipdeploy.data.calibration import calibration_batches
+from bipdeploy.model.activations import Batches, Keep, keeping
+from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.checkpoint import CheckpointWriter
+from bipdeploy.model.families import architecture, size_figures
+from bipdeploy.model.formats import biased_config
+from bipdeploy.planning.job import Job
+from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.refit import MeanShift, RidgeProblem, best_ridge
+from bipdeploy.pruning.reselection import choose
+from bipdeploy.pruning.slicing import add_biases, slice_block
+from bipdeploy.stages.repairs import REPAIRS
 
 
 def run(job: Job) -> None:
     """Write `model/` (the repaired checkpoint) and `recover.json`; with `none`, only the latter."""
     method = job.recipe.recover.method
-    job.write("recover.json", {"method": method, **METHODS[method](job)})
+    job.write("recover.json", {"method": method, **REPAIRS[method].load()(job)})
 
 
 def nothing(job: Job) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def refit(job: Job) -> dict[str, Any]:
     With `reselect` each block is sliced anew from the dense one first, at the same widths.
     """
     recipe, ridge, held = job.recipe, job.recipe.recover.refit.ridge, 0
-    dense = BlockWalker(job.inputs["dense"], recipe.model)
+    dense = BlockWalker(job.dense.checkpoint, recipe.model)
     pruned = BlockWalker(job.inputs["sliced"], recipe.model)
     job.reporter.total(len(dense), "blocks")
     windows, provenance = calibration_batches(
@@ -202,7 +203,7 @@ def bias(job: Job) -> dict[str, Any]:
     In one shot, as FLAP does: means are those of the dense model. It adds parameters, which the
     sizes count. A part that was removed as a whole has no projection to hold a bias.
     """
-    dense = BlockWalker(job.inputs["dense"], job.recipe.model)
+    dense = BlockWalker(job.dense.checkpoint, job.recipe.model)
     pruned = BlockWalker(job.inputs["sliced"], job.recipe.model)
     job.reporter.total(len(dense), "blocks")
     windows, provenance = calibration_batches(
@@ -273,7 +274,3 @@ def _product(parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 
 def _squares(x: torch.Tensor) -> float:
     return float(x.double().square().sum())
-
-
-METHODS: dict[str, Callable[[Job], dict[str, Any]]] = {
-    "none": nothing, "refit": refit, "bias": bias}

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from bipdeploy import artifacts, summary, templates
-from bipdeploy.stages.job import Job
+from bipdeploy.planning.job import Job
+from bipdeploy.reporting import summary, templates
+from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.score import read_scores
 
 PAGES = ("report.md", "report.html")
@@ -26,7 +27,7 @@ def run(job: Job) -> None:
     manifests = {name: manifest for name, path in job.inputs.items()
                  if (manifest := artifacts.read_manifest(path))}
     context = {
-        "recipe": job.recipe, "environment": artifacts.environment(), "stages": manifests,
+        "recipe": job.recipe, "environment": machine.environment(), "stages": manifests,
         "plots": {n: base64.b64encode(d).decode() for n, d in plots.items()},
         "recipe_yaml": yaml.safe_dump(job.recipe.model_dump(mode="json"), sort_keys=False),
         "notes": [f"{name}: {note}" for name, m in manifests.items() for note in m["notes"]],

@@ -12,20 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from bipdeploy import artifacts
-from bipdeploy.activations import Batches, Keep, keeping, replace
-from bipdeploy.allocation import BlockScores
-from bipdeploy.blocks import Block, BlockWalker
-from bipdeploy.calibration import calibration_batches
-from bipdeploy.checkpoint import opened
-from bipdeploy.criteria import CRITERIA
-from bipdeploy.criteria.gradients import blocks_backwards
-from bipdeploy.criteria.llm_bip import head_bound, measured_change, rank_correlation
-from bipdeploy.criteria.statistics import BlockView, Scores, Statistics
-from bipdeploy.depth import Influence
+from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.errors import InputError
-from bipdeploy.recipe import Recipe, ScoreSection
-from bipdeploy.stages.job import Job
+from bipdeploy.model.activations import Batches, Keep, keeping, replace
+from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.checkpoint import opened
+from bipdeploy.planning.job import Job
+from bipdeploy.pruning.allocation import BlockScores
+from bipdeploy.pruning.criteria.gradients import blocks_backwards
+from bipdeploy.pruning.criteria.llm_bip import head_bound, measured_change, rank_correlation
+from bipdeploy.pruning.criteria.statistics import BlockView, Scores, Statistics
+from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.pruning.depth import Influence
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.score import ScoreSection
+from bipdeploy.running import artifacts
 
 SCORES, SUMMARY = "scores.safetensors", "scores.json"
 
@@ -45,7 +46,7 @@ class Walked(NamedTuple):
 def run(job: Job) -> None:
     """Write `scores.safetensors` (block.N.heads, .ffn, .influence) and `scores.json`."""
     recipe = job.recipe
-    walker = BlockWalker(job.inputs["dense"], recipe.model)
+    walker = BlockWalker(job.dense.checkpoint, recipe.model)
     job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, pipeline
-from bipdeploy.console import Reporter
 from bipdeploy.errors import InputError
-from bipdeploy.recipe import Recipe
-from bipdeploy.recipe_sweep import SweepSection
+from bipdeploy.pipeline import pipeline
+from bipdeploy.pipeline.keys import plain
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.sweep import SweepSection
+from bipdeploy.running import artifacts, machine
+from bipdeploy.running.reporter import Reporter
 from bipdeploy.sweeping import plot, results, running, trials
 from bipdeploy.sweeping.running import TRIALS, Task
 from bipdeploy.sweeping.trials import Trial
@@ -53,8 +55,8 @@ def sweep(recipe: Recipe, out: Path, reporter: Reporter, command: str, source: s
     if missing:
         _run(recipe, wanted.trials, missing, out, reporter, said, verbose)
     found = results.with_fronts([_shown(out, t, source) for t in wanted.trials])
-    data = {"command": command, "model": recipe.model.id, "environment": artifacts.environment(),
-            "recipe": pipeline.plain(recipe), "benches": results.BENCHES, "trials": found}
+    data = {"command": command, "model": recipe.model.id, "environment": machine.environment(),
+            "recipe": plain(recipe), "benches": results.BENCHES, "trials": found}
     _write(out, data)
     return Swept(out, data, len(missing), len(wanted.trials) - len(missing))
 
@@ -110,7 +112,7 @@ def _task(recipe: Recipe, trial: Trial, out: Path) -> Task:
     section = recipe.sweep
     (out / TRIALS / trial.name / running.RECORD).unlink(missing_ok=True)
     return Task(trial.name, trial.key, trial.recipe.model_dump(mode="json"), str(out.absolute()),
-                str(Path.cwd()), artifacts.code_version(), section.max_perplexity_ratio,
+                str(Path.cwd()), machine.code_version(), section.max_perplexity_ratio,
                 section.rough_windows)
 
 

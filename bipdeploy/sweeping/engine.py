@@ -28,8 +28,8 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from bipdeploy.errors import InputError, StageError
-from bipdeploy.recipe import Recipe
-from bipdeploy.recipe_sweep import EngineSection
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.sweep import EngineSection
 from bipdeploy.sweeping import running
 from bipdeploy.sweeping.running import POINTS, Task
 

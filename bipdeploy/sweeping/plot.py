@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from bipdeploy.comparing.plot import COLOURS, MARKS, logarithmic
-from bipdeploy.comparing.results import log_axis
+from bipdeploy.reporting.plotting import COLOURS, MARKS, log_axis, logarithmic
 from bipdeploy.sweeping.results import QUALITY, Trials, front, measures
 
 

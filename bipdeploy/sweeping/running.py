@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy import artifacts, pipeline, recipe_file, sources
-from bipdeploy.checkpoint import read_config
 from bipdeploy.errors import BipdeployError, StageError
-from bipdeploy.recipe import Recipe
+from bipdeploy.pipeline import pipeline
+from bipdeploy.pipeline.keys import stage_keys
+from bipdeploy.planning.resolved import Resolved, resolve
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.running import artifacts, machine
+from bipdeploy.stages.table import inputs_of
 from bipdeploy.sweeping import sharing
 
 TRIALS, RECORD = "trials", "trial.json"
@@ -81,8 +84,8 @@ def _require_place(task: Task) -> None:
     if not Path(task.out).is_dir():
         raise StageError(f"{node} does not see {task.out}; give an --out on storage that all "
                          "nodes share")
-    if artifacts.code_version() != task.code:
-        raise StageError(f"{node} has bipdeploy {artifacts.code_version()}, and the sweep was "
+    if machine.code_version() != task.code:
+        raise StageError(f"{node} has bipdeploy {machine.code_version()}, and the sweep was "
                          f"started with {task.code}; install the same on all nodes")
     if Path(task.cwd).is_dir():
         os.chdir(task.cwd)  # relative paths of the recipe
@@ -91,16 +94,14 @@ def _require_place(task: Task) -> None:
 def _run(task: Task, told: Told, rough: dict[str, float]) -> dict[str, Any]:
     recipe = recipe_file.build(task.recipe, task.name)
     runs = Path(task.out) / TRIALS
-    dense = sources.model_folder(recipe.model.id, recipe.model.revision,
-                                 code=recipe.model.trust_remote_code)
-    pipeline.profiled(recipe, read_config(dense), sharing.turn)  # the keys depend on it
-    keys = pipeline.stage_keys(recipe, dense)
+    resolved = pipeline.timed(pipeline.fetched(resolve(recipe)), sharing.turn)
+    keys = stage_keys(resolved)
     for name in _SHARED:
         with sharing.once(name, keys[name], task.folder):
             pipeline.run(recipe, runs, until=name, reporting=sharing.turn)
         point = "repaired" if name == ("lora" if recipe.lora.enabled else "recover") else name
         if point in POINTS:
-            loss = _loss(task, recipe, dense, keys, name)
+            loss = _loss(task, resolved, keys, name)
             rough[point] = math.exp(min(loss, 700.0))
             if point == "repaired" and _over(rough[point], task.limit):
                 return _stopped(name, rough[point], f"rough perplexity ratio {rough[point]:.3g} "
@@ -114,7 +115,7 @@ def _run(task: Task, told: Told, rough: dict[str, float]) -> dict[str, Any]:
     bench = artifacts.read_json(task.folder / "bench" / "bench.json").get("torch", {})
     return {"state": "finished", "figures": result.figures, "spread": bench.get("spread", {}),
             "failed_gates": [gate["figure"] for gate in result.failed_gates],
-            "hardware": artifacts.hardware()}
+            "hardware": machine.hardware()}
 
 
 def _over(ratio: float, limit: float | None) -> bool:
@@ -125,15 +126,17 @@ def _stopped(after: str, ratio: float, why: str) -> dict[str, Any]:
     return {"state": "stopped", "rule": "limit", "after": after, "ratio": ratio, "why": why}
 
 
-def _loss(task: Task, recipe: Recipe, dense: Path, keys: dict[str, str], stage: str) -> float:
+def _loss(task: Task, resolved: Resolved, keys: dict[str, str], stage: str) -> float:
     """ln(perplexity / dense) of what a stage made, on a few windows."""
     from bipdeploy.sweeping import rough
 
     reader, artefact = _MADE[stage]
-    model = pipeline.resolve(reader, task.folder, dense)[artefact]
+    dense = resolved.folder
+    assert dense is not None
+    model = inputs_of(reader, task.folder, dense)[artefact]
     made_by = model.parent.name  # an earlier stage, where this one changed nothing
     kept = task.folder.parent / ".rough"
     with sharing.turn("rough"), pipeline.finishing("rough perplexity"):
-        base, own = (rough.nats(recipe, dense, folder, task.windows, key, kept)
+        base, own = (rough.nats(resolved, folder, task.windows, key, kept)
                      for folder, key in ((dense, keys["dense"]), (model, keys[made_by])))
     return own - base

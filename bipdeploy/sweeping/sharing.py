@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bipdeploy import artifacts, pipeline
-from bipdeploy.console import Silent
+from bipdeploy.pipeline.keys import intact
+from bipdeploy.running import artifacts
+from bipdeploy.running.reporter import Silent
 
 
 @contextmanager
@@ -32,14 +33,14 @@ def once(name: str, key: str, folder: Path) -> Iterator[None]:
     """Within this block no other trial runs the same stage with the same key. Where one did
     before, its folder is in `folder` as well: linked, so it takes no space of its own."""
     with locked(folder.parent / ".locks" / f"{name}-{key[:16]}"):
-        if not pipeline.intact(folder / name, key):
+        if not intact(folder / name, key):
             _take(name, key, folder)
         yield
 
 
 def _take(name: str, key: str, folder: Path) -> None:
     for other in sorted(folder.parent.glob(f"*/{name}")):
-        if pipeline.intact(other, key):
+        if intact(other, key):
             with suppress(FileNotFoundError, shutil.Error):  # it is being replaced just now
                 folder.mkdir(parents=True, exist_ok=True)
                 with artifacts.writing(folder / name) as partial:

@@ -14,14 +14,20 @@ from typing import Any
 
 import yaml
 
-from bipdeploy import artifacts, pipeline, recipe_file, sources
-from bipdeploy.checkpoint import Checkpoint, read_config
-from bipdeploy.comparing.cells import dropped, used
-from bipdeploy.comparison import REPAIRS, Method, method
 from bipdeploy.errors import InputError, RecipeError, did_you_mean
-from bipdeploy.families import Architecture, architecture
-from bipdeploy.preflight import preflight
-from bipdeploy.recipe import Recipe
+from bipdeploy.model import sources
+from bipdeploy.model.families import Architecture
+from bipdeploy.pipeline import pipeline
+from bipdeploy.pipeline.keys import plain, stage_key
+from bipdeploy.pipeline.preflight import refuse
+from bipdeploy.planning.resolved import Resolved, resolve
+from bipdeploy.pruning.depth import droppable
+from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.methods import Method, method
+from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts, machine
+from bipdeploy.stages.table import STAGES
 
 # Fields that are no part of a single run, or that a trial is given.
 _NOT_VARIED = ("name", "compare", "sweep")
@@ -58,21 +64,18 @@ class Plan:
     """All that is to be run."""
 
     recipe: Recipe
-    dense: Path
     trials: tuple[Trial, ...]
 
 
 def plan(recipe: Recipe) -> Plan:
     """The trials of a recipe's section `sweep`. Raises InputError for all that cannot be run."""
     _require_fields(recipe)
-    dense = sources.model_folder(recipe.model.id, recipe.model.revision,
-                                 code=recipe.model.trust_remote_code)
-    arch = architecture(read_config(dense))
+    resolved = resolve(recipe)
     made: dict[str, Trial] = {}
     faults: dict[str, None] = {}
     for choice in _choices(recipe):
         try:
-            own = _trial(recipe, arch, choice)
+            own = _trial(resolved, choice)
             made.setdefault(_effect(own.recipe), own)
         except RecipeError as error:
             faults |= dict.fromkeys(error.faults)
@@ -82,7 +85,7 @@ def plan(recipe: Recipe) -> Plan:
         raise RecipeError("sweep", list(faults))
     if len(made) < min(2, recipe.sweep.samples or 2):
         raise InputError(_NOTHING)
-    return Plan(recipe, dense, tuple(made.values()))
+    return Plan(recipe, tuple(made.values()))
 
 
 def check_offline(recipe: Recipe) -> None:
@@ -129,8 +132,9 @@ def _choices(recipe: Recipe) -> Iterator[Choice]:
     yield from found
 
 
-def _trial(recipe: Recipe, arch: Architecture, choice: Choice) -> Trial:
+def _trial(resolved: Resolved, choice: Choice) -> Trial:
     """The trial of a combination. Raises InputError where it cannot be run."""
+    recipe, arch = resolved.recipe, resolved.architecture
     settings = tuple(f"{name}={_written(value)}"
                      for name, value in _settings(recipe, arch, choice).items())
     label = ", ".join(_words(axis, value) for axis, value in choice.items())
@@ -141,12 +145,12 @@ def _trial(recipe: Recipe, arch: Architecture, choice: Choice) -> Trial:
     if not own.evaluate.perplexity.enabled:
         raise InputError("evaluate.perplexity.enabled: false, and perplexity is what a sweep "
                          "weighs against speed; set it to true")
-    dense = sources.model_folder(own.model.id, own.model.revision,
-                                 code=own.model.trust_remote_code)
-    preflight(own, read_config(dense))
-    Checkpoint(dense).verify()
+    of_own = resolved.under(own)
+    refuse(of_own)
+    dense = pipeline.fetched(of_own).folder
+    assert dense is not None
     return Trial(name, label, settings, own, _key(recipe, own, dense),
-                 artifacts.digest([pipeline.plain(getattr(own, s)) for s in _SHAPE]))
+                 artifacts.digest([plain(getattr(own, s)) for s in _SHAPE]))
 
 
 def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, Any]:
@@ -170,10 +174,10 @@ def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, A
             raise InputError(f"sweep.layers: {choice['layers']} needs a ratio, and the recipe asks "
                              "for another budget; give sweep.ratios")
         found["prune.layers"] = "uniform" if part else choice["layers"]
-        found["prune.depth"] = {part: dropped(arch, recipe.prune, part, ratio)} if part else {}
+        found["prune.depth"] = {part: droppable(arch, recipe.prune, part, ratio)} if part else {}
     if "repairs" in choice:
         found |= ({"lora.enabled": False} if recipe.lora.enabled else {}) | _flat(
-            REPAIRS[choice["repairs"]])
+            REPAIRS_COMPARED[choice["repairs"]])
     for name in recipe.sweep.fields:
         twice = [f for f in found if f"{f}.".startswith(f"{name}.")
                  or f"{name}.".startswith(f"{f}.")]
@@ -211,17 +215,17 @@ def _words(axis: str, value: Any) -> str:
 def _effect(recipe: Recipe) -> str:
     """The same for recipes that give the same model: fields that a repair does not read differ."""
     return artifacts.digest({**recipe.model_dump(mode="json", exclude={"name"}),
-                             "recover": used(recipe.recover)})
+                             "recover": recipe.recover.used})
 
 
 def _key(swept: Recipe, own: Recipe, dense: Path) -> str:
     # Without what only a node of its own knows: times measured for a target, and the hardware that
     # the key of `bench` names; on one machine the hardware counts.
     keys = {"dense": sources.fingerprint(dense), "profile": ""}
-    for name in pipeline.STAGES:
-        keys[name] = pipeline.stage_key(name, own, keys)
+    for name in STAGES:
+        keys[name] = stage_key(name, own, keys)
     local = swept.sweep.engine.address is None
     return artifacts.digest({
         "evaluate": keys["evaluate"],
-        "sections": [pipeline.plain(own.bench), pipeline.plain(own.gates)],
-        "hardware": artifacts.hardware() if local else None})
+        "sections": [plain(own.bench), plain(own.gates)],
+        "hardware": machine.hardware() if local else None})

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bipdeploy.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.errors import InputError
-from bipdeploy.modeling import loading
-from bipdeploy.recipe_lora import LoraSection
+from bipdeploy.model import loading
+from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
+from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.tuning.data import derived_seed
 
 _WRAPPED = "base_model.model."  # what peft puts before the names of a model's own modules

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from bipdeploy import artifacts
-from bipdeploy.checkpoint import opened
 from bipdeploy.errors import InputError
+from bipdeploy.model.checkpoint import opened
+from bipdeploy.running import artifacts
 
 STATE = "state.json"
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.console import Reporter
 from bipdeploy.errors import BAD_INPUT, InputError, StageError, says_no_memory
+from bipdeploy.running.reporter import Reporter
 
 if TYPE_CHECKING:
     import torch

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from bipdeploy.console import Reporter
 from bipdeploy.errors import StageError
-from bipdeploy.modeling import loading
-from bipdeploy.recipe import ModelSection
-from bipdeploy.recipe_lora import LoraSection
+from bipdeploy.model import loading
+from bipdeploy.recipe.lora import LoraSection
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.running.reporter import Reporter
 from bipdeploy.tuning import adapters, checkpoints, losses
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import IGNORED, Windows, derived_seed, rows_of_step

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from bipdeploy import artifacts, console
 from bipdeploy.errors import BipdeployError
-from bipdeploy.recipe import ModelSection
-from bipdeploy.recipe_lora import LoraSection
+from bipdeploy.recipe.lora import LoraSection
+from bipdeploy.recipe.model import ModelSection
+from bipdeploy.running import artifacts, machine, reporter
 from bipdeploy.tuning import training
 from bipdeploy.tuning.data import Windows
 from bipdeploy.tuning.launch import MARK, SPEC, WINDOWS
@@ -62,7 +62,7 @@ def main(folder: Path) -> int:
 
     try:
         training.train(task, torch.device(spec["device"]),
-                       Lines() if first else console.Silent(), check)
+                       Lines() if first else reporter.Silent(), check)
     except BipdeployError as error:
         tell("error", message=str(error), exit_code=error.exit_code)
         return 1
@@ -70,5 +70,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    console.quiet_libraries()
+    machine.quiet_libraries()
     sys.exit(main(Path(sys.argv[1])))

@@ -1,1 +1,0 @@
-"""Checkpoints whose blocks have different widths: configuration, classes, registration."""

@@ -1,0 +1,231 @@
+"""A run from its recipe to its result: resolve, refuse, reserve space, then each stage.
+
+Imports no torch: a run in which every stage is reused never loads it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean, says_no_memory
+from bipdeploy.model import sources
+from bipdeploy.model.families import BlockWidths
+from bipdeploy.pipeline.keys import intact, plain, stage_keys
+from bipdeploy.pipeline.preflight import refuse
+from bipdeploy.planning import footprint
+from bipdeploy.planning.job import Job
+from bipdeploy.planning.resolved import Resolved, resolve, resolved_at
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import artifacts, machine
+from bipdeploy.running.reporter import Reporter, Silent
+from bipdeploy.stages.table import STAGES, inputs_of
+
+# Opens the reporter of a stage; the command line shows a progress bar.
+Reporting = Callable[[str], AbstractContextManager[Reporter]]
+
+
+@dataclass
+class RunResult:
+    """What a run did: the folder, the stages it ran and reused, their figures and failed gates."""
+
+    folder: Path
+    ran: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return artifacts.figures([self.folder / name for name in self.stages])
+
+    @property
+    def failed_gates(self) -> list[dict[str, Any]]:
+        if "gate" not in self.stages:
+            return []
+        gates = artifacts.read_json(self.folder / "gate" / "gates.json")["gates"]
+        return [gate for gate in gates if not gate["passed"]]
+
+    @property
+    def stages(self) -> list[str]:
+        """All that hold for this run; the folder may have older ones that come after."""
+        return [name for name in STAGES if name in self.ran or name in self.reused]
+
+
+def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = None,
+        until: str | None = None, reporting: Reporting | None = None) -> RunResult:
+    """Run a recipe's stages in order; a stage whose inputs have not changed is reused.
+
+    `force` reruns all, `start` reruns from that stage on, `until` ends after that stage. Raises
+    InputError for a fault of the input, StageError where a stage could not finish; what earlier
+    stages made is kept. Gates that fail are in the result, not raised.
+    """
+    names = _selection(start, until)
+    require_one_process()
+    resolved = resolve(recipe)
+    refuse(resolved)  # before gigabytes are fetched
+    resolved = fetched(resolved)
+    folder = runs / recipe.name
+    _writable(folder)
+    resolved = timed(resolved, reporting)
+    keys = stage_keys(resolved)
+    due = _due(names, folder, keys, force, start)
+    footprint.require_space(resolved, resolved.uniform, due, folder)
+    for name in due[1:]:  # the first says it itself, at once
+        STAGES[name].rehearse(resolved)
+    result = RunResult(folder)
+    for name in names:
+        if name not in due:
+            result.reused.append(name)
+            continue
+        with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
+            run_stage(name, recipe, inputs_of(name, folder, resolved.folder),
+                      folder / name, keys[name], reporter, resolved)
+        result.ran.append(name)
+        _write_run_manifest(resolved, folder, keys)
+    return result
+
+
+def fetched(resolved: Resolved) -> Resolved:
+    """With all of the model here, and its weights as its config says. Raises InputError."""
+    recipe = resolved.recipe
+    folder = sources.model_folder(recipe.model.id, recipe.model.revision,
+                                  code=recipe.model.trust_remote_code)
+    if resolved.folder is None:  # the recipe's shape stood in for the config
+        resolved = resolved_at(recipe, folder)
+        refuse(resolved)
+    resolved.checkpoint.verify()
+    return resolved
+
+
+def timed(resolved: Resolved, reporting: Reporting | None = None) -> Resolved:
+    """With the times that the target needs, measured now where no earlier run did. Raises
+    InputError where the target cannot be met."""
+    if resolved.times and not resolved.table:
+        with (reporting("profile") if reporting else nullcontext(Silent())) as reporter, (
+                finishing("profile")):
+            profile = importlib.import_module("bipdeploy.measuring.profile")
+            resolved = resolved.measured(profile.obtain(
+                resolved.times, resolved.config, resolved.architecture, resolved.recipe.model,
+                reporter))
+    _ = resolved.uniform
+    return resolved
+
+
+def _due(names: Sequence[str], folder: Path, keys: Mapping[str, str], force: bool,
+         start: str | None) -> list[str]:
+    """Those of the stages that will run; the others are reused."""
+    first = names.index(start) if start else len(names)
+    return [name for number, name in enumerate(names)
+            if force or number >= first or not intact(folder / name, keys[name])]
+
+
+def finished_widths(resolved: Resolved, folder: Path) -> tuple[BlockWidths, ...] | None:
+    """The widths that the prune stage made of exactly this recipe, where they depend on scores and
+    it has run in `folder`.
+
+    That it is the same model is told from hashes of its files, as when a stage is reused.
+    """
+    made = folder / "prune"
+    if (not resolved.scored or resolved.folder is None
+            or artifacts.read_manifest(made) is None):
+        return None
+    if not intact(made, stage_keys(resolved)["prune"]):
+        return None
+    return tuple(BlockWidths(b["heads"], b["kv_heads"], b["intermediate"])
+                 for b in artifacts.read_json(made / "kept.json")["blocks"])
+
+
+def require_one_process() -> None:
+    """Refuse to be one of several processes that all do the same. Raises InputError."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: bipdeploy was started once "
+                         "for every process (by accelerate launch or torchrun); start it once, "
+                         "without these, and set lora.processes")
+
+
+def _selection(start: str | None, until: str | None) -> list[str]:
+    names = list(STAGES)
+    for option, value in (("--from", start), ("--until", until)):
+        if value is not None and value not in STAGES:
+            raise InputError(f"{option}: no stage is called {value!r}{did_you_mean(value, names)}")
+    if until is not None:
+        names = names[:names.index(until) + 1]
+    if start is not None and start not in names:
+        raise InputError(f"--from {start} comes after --until {until}; swap them")
+    return names
+
+
+def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, key: str,
+              reporter: Reporter, resolved: Resolved | None = None) -> None:
+    """Run one stage into `out`: written whole, with its manifest, or not at all."""
+    memory, began = machine.PeakMemory(), time.time()
+    with artifacts.writing(out) as partial:
+        with finishing(name):
+            STAGES[name].load()(Job(recipe, dict(inputs), partial, reporter, resolved))
+        artifacts.write_json(partial / artifacts.MANIFEST, {
+            "stage": name, "key": key, "seed": recipe.seed,
+            "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
+            "inputs": {n: str(p) for n, p in inputs.items()},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+            "seconds": round(time.time() - began, 3), "peak_memory_bytes": memory.bytes(),
+            "notes": getattr(reporter, "notes", []),
+            "environment": machine.environment(),
+            "sizes": {str(p.relative_to(partial)): p.stat().st_size
+                      for p in sorted(partial.rglob("*")) if p.is_file()},
+            "sha256": artifacts.file_hashes(partial)})
+    shutil.rmtree(artifacts.checkpoint_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def finishing(name: str) -> Iterator[None]:
+    """Turn what a stage raises into StageError, but for errors that are ours and a full disk."""
+    try:
+        yield
+    except BipdeployError:
+        raise
+    except MemoryError as error:
+        raise _out_of_memory(name) from error
+    except Exception as error:
+        if artifacts.disk_full(error):
+            raise  # `artifacts.writing` says so
+        if says_no_memory(str(error)):
+            raise _out_of_memory(name) from error
+        line = textwrap.shorten(str(error), 200) or "no message"
+        raise StageError(f"stage {name} failed: {type(error).__name__}: {line}; earlier stages "
+                         "are kept, BIPDEPLOY_DEBUG=1 shows the traceback") from error
+
+
+def _out_of_memory(name: str) -> StageError:
+    advice = (STAGES[name].smaller if name in STAGES
+              else "lower the batch or the context that are asked for")
+    return StageError(f"stage {name} ran out of memory; {advice}")
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise artifacts.unwritable(folder, error) from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}: permission denied; give another folder with "
+                         "--runs")
+
+
+def _write_run_manifest(resolved: Resolved, folder: Path, keys: Mapping[str, str]) -> None:
+    """What the run's folder holds of this recipe; stages that it made outdated are left out."""
+    stages = {}
+    for name in STAGES:
+        manifest = artifacts.read_manifest(folder / name)
+        if manifest and manifest.get("key") == keys[name]:
+            stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
+                                                     "peak_memory_bytes", "notes", "sha256")}
+    artifacts.write_json(folder / artifacts.MANIFEST, {
+        "recipe": plain(resolved.recipe), "model": str(resolved.folder),
+        "environment": machine.environment(), "stages": stages})

@@ -1,0 +1,1 @@
+"""From a recipe and a config.json to what is known before a run."""

@@ -1,0 +1,229 @@
+"""Estimates from sizes alone: what every stage writes, holds in memory, and how long it takes.
+
+They are estimates: text lengths, file systems and libraries add to them. No torch here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bipdeploy.errors import StageError
+from bipdeploy.model import cost
+from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.planning.resolved import Resolved
+from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.running import machine
+
+_OTHER = 2 << 20  # tokenizer, plots, manifests of a stage
+TEST_TOKENS = 300_000  # of a test text whose length the recipe does not say
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the estimates are made from. `stored` and `computed`: bytes of a value."""
+
+    recipe: Recipe
+    dense: Architecture
+    pruned: Architecture
+    stored: int
+    computed: int
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the pruned checkpoint."""
+        return self.stored * self.pruned.parameters()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: bytes written, peak bytes of memory, and seconds (None: it computes nothing)."""
+
+    writes: float
+    memory: float
+    seconds: float | None
+
+
+def sizes(resolved: Resolved, pruned: Architecture) -> Sizes:
+    """`stored`: as config.json says, 2 where it does not. `computed`: the recipe's, else float32
+    unless a GPU is named or driven here."""
+    recipe = resolved.recipe
+    stored = cost.value_bytes(resolved.config) or 2
+    asked = cost.value_bytes({"dtype": recipe.model.dtype})
+    gpu = recipe.model.device != "cpu" and (
+        recipe.model.device == "cuda" or recipe.hardware.gpu or machine.hardware()["gpus"])
+    return Sizes(recipe, resolved.architecture, pruned, stored, asked or (stored if gpu else 4))
+
+
+def writes(s: Sizes) -> dict[str, float]:
+    """Bytes that each stage writes."""
+    recipe, weights = s.recipe, s.weights
+    export = float(_OTHER)  # what `transformers` writes are links
+    if recipe.export.vllm.enabled:
+        export += weights
+    onnx = recipe.export.onnx
+    if onnx.enabled:
+        value = cost.value_bytes({"dtype": onnx.dtype}) or s.computed
+        graph = s.pruned.parameters() * value
+        # int4 has a scale for each 32 weights; embeddings stay whole.
+        export += graph + sum(graph / value * {"int4": 0.65}.get(kind, 1.1)
+                              + (value - 1) * s.pruned.vocabulary * s.pruned.hidden
+                              for kind in onnx.quantize)
+    groups = sum(w.kv_heads + w.intermediate for w in s.dense.blocks)
+    return {"score": 4 * groups + _OTHER, "prune": weights + _OTHER,
+            "recover": weights * (recipe.recover.method != "none") + _OTHER,
+            "lora": weights * recipe.lora.enabled + _OTHER, "export": export,
+            "evaluate": _OTHER, "bench": _OTHER, "gate": _OTHER, "report": _OTHER}
+
+
+def memory(s: Sizes) -> dict[str, float]:
+    """Peak bytes of each stage beside the libraries' own: the embedding table, or two blocks, and
+    the windows' hidden states where it walks; whole models where it evaluates and times them."""
+    recipe, arch, value = s.recipe, s.dense, s.computed
+    table = arch.vocabulary * arch.hidden
+    block = max(arch.block_parameters(i) for i in range(len(arch.blocks)))
+    widest = max(arch.blocks, key=lambda w: w.intermediate)
+    calibration = recipe.calibration
+    windows = calibration.samples * calibration.tokens * arch.hidden * value * (
+        not calibration.spill)
+    batch = calibration.batch * calibration.tokens * value * (
+        4 * arch.hidden + 3 * widest.intermediate + 4 * widest.heads * arch.head_dim)
+    walking = max(s.stored * table, 2 * block * value + batch) + windows
+    needs = CRITERIA[recipe.score.criterion].needs
+    # Sums over all pairs of inputs, their inverse, and what a round leaves of it; float64.
+    dense_inputs, inputs = (max(max(w.intermediate, w.heads * arch.head_dim) for w in a.blocks)
+                            for a in (arch, s.pruned))
+    jointly = 8 * 3 * dense_inputs * (dense_inputs + arch.hidden)
+    scoring = (walking + ("gradients" in needs) * windows * len(arch.blocks)
+               + ("outer" in needs) * jointly)
+    gram = (jointly if recipe.recover.refit.reselect and recipe.recover.method == "refit"
+            else 8 * (2 * inputs ** 2 + 3 * inputs * arch.hidden))
+    writing = s.stored * max(table, 2 * block)
+    whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
+    searching = 0.0
+    if recipe.prune.layers == "searched":
+        share = min(1.0, recipe.prune.search.windows / calibration.samples)
+        searching = walking + windows * share * 2 * recipe.prune.search.points * len(arch.blocks)
+    bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
+    both = value * (arch.parameters() + s.pruned.parameters())
+    cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
+        arch.kv_bytes_per_token(bytes_per_value=value))
+    longest = max(2048 if w == "max" else w for w in perplexity.windows)
+    logits = 2 * 4 * perplexity.batch * min(longest, arch.max_positions) * arch.vocabulary
+    return {"score": scoring, "prune": max(writing, searching),
+            "recover": 0.0 if recipe.recover.method == "none" else
+            walking + 3 * windows + gram,
+            "lora": _training(s) * recipe.lora.enabled,
+            "export": value * s.pruned.parameters() + writing if whole else
+            max(2 * block, block + 2 * table) * value,
+            "evaluate": value * arch.parameters() + logits, "bench": both + cache,
+            "gate": 0.0, "report": 0.0}
+
+
+def _training(s: Sizes) -> float:
+    """Peak bytes of training adapters: the whole model, the teacher beside it where there is one,
+    and a pass's activations, kept for every block unless they are computed again; in the end the
+    merged model beside the one with adapters."""
+    lora, arch = s.recipe.lora, s.pruned
+    tokens = -(-lora.batch // (lora.accumulation * lora.processes)) * lora.tokens
+    kept = 1 if lora.gradient_checkpointing else len(arch.blocks)
+    widest = max(arch.blocks, key=lambda w: w.intermediate)
+    block = tokens * s.computed * (6 * arch.hidden + 4 * widest.intermediate
+                                   + 4 * widest.heads * arch.head_dim)
+    model, logits = s.computed * arch.parameters(), 3 * 4 * tokens * arch.vocabulary
+    teacher = s.computed * s.dense.parameters() * bool(lora.distillation.weight)
+    return model + logits + max(teacher + block * kept, model)
+
+
+def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]:
+    """Time of each stage over a roofline: FLOP/s and bytes/s. Lower bounds, loading left out."""
+    recipe, arch, value = s.recipe, s.dense, s.computed
+    calibration = recipe.calibration
+    tokens = calibration.samples * calibration.tokens
+    passes = calibration.samples * cost.flops(arch, calibration.tokens).whole(arch.blocks)
+    weights = value * arch.parameters()
+
+    def roof(work: float, moved: float) -> float:
+        return max(work / flops, moved / bandwidth)
+
+    scoring = passes
+    if recipe.score.propagation == "measured":
+        scoring += sum(w.kv_heads * 6 * tokens * arch.hidden * w.intermediate for w in arch.blocks)
+    needs = CRITERIA[recipe.score.criterion].needs
+    if "gradients" in needs:
+        scoring += 3 * passes
+    if "outer" in needs:  # the sums, their inverse, and the rounds
+        scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
+                       for size in (w.heads * arch.head_dim, w.intermediate))
+    searching = 0.0
+    if recipe.prune.layers == "searched":
+        share = min(1.0, recipe.prune.search.windows / calibration.samples)
+        searching = passes * share * recipe.prune.search.points * (len(arch.blocks) + 1)
+    pruned = calibration.samples * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
+    refit = sum(2 * tokens * size * size + size ** 3 / 3 for w in s.pruned.blocks
+                for size in (w.heads * arch.head_dim, w.intermediate))
+    perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
+    test = perplexity.max_tokens or TEST_TOKENS
+    read = 0.0
+    for window in (min(2048, arch.max_positions) if w == "max" else w for w in perplexity.windows):
+        for model in (arch, s.pruned):
+            read += test / window * (cost.flops(model, window).whole(model.blocks)
+                                     + cost.head_flops(model, window))
+    timed = 0.0
+    for model in (arch, s.pruned):
+        phases = roofline(model, value, bench.batch, bench.prompt_tokens, flops, bandwidth)
+        timed += (bench.repeats + bench.warmup + bench.memory) * (
+            phases["prefill"] + bench.new_tokens * phases["decode"])
+    moved, lora = s.stored * arch.parameters() + s.weights, recipe.lora
+    return {"score": roof(scoring, weights), "prune": roof(searching, 2 * moved),
+            "recover": roof(passes + pruned + refit, 2 * moved) * (
+                recipe.recover.method != "none"),
+            "lora": roof(lora.steps * lora.batch * 3 * cost.flops(s.pruned, lora.tokens).whole(
+                s.pruned.blocks), lora.steps * weights) * lora.enabled,
+            "export": roof(0, 2 * s.weights),
+            "evaluate": roof(read, 2 * weights) * perplexity.enabled,
+            "bench": timed * bench.enabled, "gate": None, "report": None}
+
+
+def roofline(arch: Architecture, value: int, batch: int, context: int, flops: float,
+             bandwidth: float) -> dict[str, float]:
+    """Lower bounds, seconds: a prefill of `batch` prompts of `context` tokens, and one decode step
+    after it. All weights are read once, and K and V in a decode step."""
+    work = {"prefill": cost.flops(arch, context), "decode": cost.flops(arch, 1, context)}
+    moved = {"prefill": cost.read_per_step(arch, value, batch, 0),
+             "decode": cost.read_per_step(arch, value, batch, context)}
+    return {phase: max(batch * (spent.whole(arch.blocks) + cost.head_flops(arch, 1)) / flops,
+                       moved[phase] / bandwidth) for phase, spent in work.items()}
+
+
+def stages(s: Sizes, flops: float, bandwidth: float) -> dict[str, Stage]:
+    """All three estimates of every stage."""
+    written, held, taken = writes(s), memory(s), seconds(s, flops, bandwidth)
+    return {name: Stage(written[name], held[name], taken[name]) for name in written}
+
+
+def space(needed: Mapping[str, float], due: Sequence[str], folder: Path) -> tuple[float, int]:
+    """The most bytes that the stages `due` need at once beyond what lies in `folder`, and the
+    bytes that are free there. An earlier result stays until its stage is done."""
+    growth = most = 0.0
+    for name in due:
+        growth += needed[name]
+        most = max(most, growth)
+        growth -= sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    return most, shutil.disk_usage(existing).free
+
+
+def require_space(resolved: Resolved, widths: Sequence[BlockWidths], due: Sequence[str],
+                  folder: Path, option: str = "--runs") -> None:
+    """Raise StageError where what the stages `due` write, at these widths, does not fit.
+    `option`: what gives another folder."""
+    pruned = replace(resolved.architecture, blocks=tuple(widths))
+    needed, free = space(writes(sizes(resolved, pruned)), due, folder)
+    if needed > free:
+        raise StageError(f"about {needed / 1e9:.3g} GB will be written to {folder}, and "
+                         f"{free / 1e9:.3g} GB are free there; free some space, or give another "
+                         f"folder with {option}")

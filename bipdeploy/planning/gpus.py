@@ -1,0 +1,34 @@
+"""GPUs that a plan can be made for: figures of the vendors' data sheets. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bipdeploy.recipe.names import gpu_name
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in bytes, bandwidth in bytes/s, and dense bfloat16 tensor FLOP/s (no sparsity)."""
+
+    name: str
+    memory: float
+    bandwidth: float
+    flops: float
+    source: str
+
+
+# NVIDIA prints tensor-core figures with sparsity for some; here are those without, half of that.
+GPUS = {gpu.name: gpu for gpu in (
+    Gpu("H200", 141e9, 4.8e12, 989e12, "NVIDIA H200 Tensor Core GPU data sheet, SXM"),
+    Gpu("H100", 80e9, 3.35e12, 989e12, "NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+    Gpu("A100", 80e9, 2.039e12, 312e12, "NVIDIA A100 80GB Tensor Core GPU data sheet, SXM"),
+    Gpu("L40S", 48e9, 864e9, 362e12, "NVIDIA L40S data sheet"),
+    Gpu("RTX 4090", 24e9, 1.008e12, 165.2e12,
+        "NVIDIA Ada GPU Architecture whitepaper, RTX 4090, FP32 accumulate"),
+)}
+
+
+def find(name: str) -> Gpu:
+    """The GPU of a name, whatever its case. Raises ValueError that says what is known."""
+    return GPUS[gpu_name(name)]

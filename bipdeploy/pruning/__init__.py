@@ -1,0 +1,1 @@
+"""What leaves, and how the rest is repaired: maths, no IO."""

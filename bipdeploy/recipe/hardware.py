@@ -1,0 +1,23 @@
+"""The recipe's section `hardware`: what the pruned model will run on."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt, field_validator
+
+from bipdeploy.recipe.base import Section
+from bipdeploy.recipe.names import gpu_name
+
+
+class HardwareSection(Section):
+    """What the pruned model will run on."""
+
+    tensor_parallel: PositiveInt = Field(
+        1, description="GPUs that vLLM splits every layer over. Widths are chosen so that heads "
+        "and FFN channels divide by it.")
+    gpu: str | None = Field(None, description="A GPU in bipdeploy/planning/gpus.py, such as H100: "
+                            "what `bipdeploy plan` estimates times for. No stage depends on it.")
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _known(cls, name: object) -> str | None:
+        return None if name is None else gpu_name(str(name))  # 4090 is a number in YAML

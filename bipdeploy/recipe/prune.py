@@ -1,0 +1,99 @@
+"""The recipe's section `prune`: how much is removed, and where."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt, model_validator
+
+from bipdeploy.recipe.base import Section, Share
+from bipdeploy.recipe.names import Layers
+from bipdeploy.recipe.target import TargetSection
+
+
+class ProtectSection(Section):
+    """Blocks that stay dense."""
+
+    first: int = Field(0, ge=0, description="How many of the first blocks stay dense.")
+    last: int = Field(0, ge=0, description="How many of the last blocks stay dense.")
+
+
+class SearchSection(Section):
+    """How `layers: searched` measures what each width of each part costs."""
+
+    windows: PositiveInt = Field(32, description="Calibration windows, the first of those drawn. "
+                                 "All variants of all blocks are in memory at once.")
+    points: int = Field(9, ge=2, description="Widths of each part that are measured; the others "
+                        "lie on lines between them.")
+
+
+class DepthSection(Section):
+    """Parts that leave as a whole, those with the least influence on the residual stream first."""
+
+    blocks: int = Field(0, ge=0, description="How many whole blocks are dropped.")
+    attention: int = Field(0, ge=0, description="How many more attentions are dropped.")
+    ffn: int = Field(0, ge=0, description="How many more FFNs are dropped.")
+
+    @property
+    def any(self) -> bool:
+        return bool(self.blocks or self.attention or self.ffn)
+
+
+class PruneSection(Section):
+    """How much is removed, and where."""
+
+    ratio: Share | None = Field(
+        None, description="Share of the parameters of all blocks that is removed (protected blocks "
+        "count in the total, embeddings do not). Either this or `target`.")
+    target: TargetSection | None = Field(
+        None, description="Another budget instead: FLOPs, bytes, or measured speed.")
+    layers: Layers = Field(
+        "uniform", description="`uniform`: every unprotected block gets the same widths, and "
+        "without protected blocks the result is a stock checkpoint. `global`: heads of all blocks "
+        "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
+        "channels, in one ranking (FLAP's). `searched`: widths by block, split between heads and "
+        "FFN so that the model's output changes least.")
+    search: SearchSection = Field(default_factory=SearchSection)
+    depth: DepthSection = Field(
+        default_factory=DepthSection, description="What is dropped before widths meet the rest of "
+        "the ratio. Protected blocks are spared. With heads and ffn both false, depth alone has "
+        "to meet the ratio to within one dropped part.")
+    protect: ProtectSection = Field(default_factory=ProtectSection)
+    round_to: PositiveInt = Field(
+        128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "
+        "tiny models.")
+    heads: bool = Field(True, description="Prune attention heads.")
+    ffn: bool = Field(True, description="Prune FFN channels.")
+
+    @property
+    def wanted(self) -> str:
+        """What is asked for, in words."""
+        return str(self.target or TargetSection(parameters=self.ratio))
+
+    @property
+    def share(self) -> float | None:
+        """The share of block parameters to remove, where that is what is asked for."""
+        return self.target.parameters if self.target and self.ratio is None else self.ratio
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneSection:
+        if (self.ratio is None) == (self.target is None):
+            raise ValueError("give ratio or target" if self.ratio is None else
+                             "ratio and target are both given; keep one (--set prune.ratio=null "
+                             "takes the other away)")
+        if self.target and not (self.heads or self.ffn):
+            raise ValueError("target is met by widths, and heads and ffn are both false; give "
+                             "ratio, or set one of them to true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_search(self) -> PruneSection:
+        if self.layers == "searched" and self.depth.any:
+            raise ValueError("layers: searched chooses widths for all parts, and depth drops some "
+                             "of them; set depth to 0, or layers to uniform, global or adaptive")
+        return self
+
+    @model_validator(mode="after")
+    def _something(self) -> PruneSection:
+        if not (self.heads or self.ffn or self.depth.any):
+            raise ValueError("heads and ffn are both false and depth drops nothing, so nothing "
+                             "can be pruned; set one to true")
+        return self

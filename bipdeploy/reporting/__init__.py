@@ -1,0 +1,1 @@
+"""What people read: the table of figures, model cards, the report's pages."""

