@@ -21,7 +21,8 @@ LOADED = ("\nprint('LOADED', sorted({'torch', 'transformers', 'datasets', 'pydan
 
 def loaded_by(*arguments: object) -> str:
     """Which heavy libraries a command line has loaded when it ends."""
-    code = ("import sys, contextlib; from bipdeploy.cli.commands import main; sys.argv[0] = 'bipdeploy'\n"
+    code = ("import sys, contextlib; from bipdeploy.cli.commands import main\n"
+            "sys.argv[0] = 'bipdeploy'\n"
             "with contextlib.suppress(SystemExit): main()" + LOADED)
     return python(code, *arguments).stdout.rpartition("LOADED ")[2].strip()
 

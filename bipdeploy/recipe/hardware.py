@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, PositiveInt, field_validator
 
 from bipdeploy.recipe.base import Section
-from bipdeploy.recipe.names import gpu_name
+from bipdeploy.recipe.names import GPUS, gpu_name
 
 
 class HardwareSection(Section):
@@ -14,8 +14,9 @@ class HardwareSection(Section):
     tensor_parallel: PositiveInt = Field(
         1, description="GPUs that vLLM splits every layer over. Widths are chosen so that heads "
         "and FFN channels divide by it.")
-    gpu: str | None = Field(None, description="A GPU in bipdeploy/planning/gpus.py, such as H100: "
-                            "what `bipdeploy plan` estimates times for. No stage depends on it.")
+    gpu: str | None = Field(
+        None, description="What `bipdeploy plan` estimates times for, such as H100. No stage "
+        "depends on it.", json_schema_extra={"examples": list(GPUS)})
 
     @field_validator("gpu", mode="before")
     @classmethod
