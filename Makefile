@@ -1,6 +1,8 @@
 # make quickstart   set up, then prune, prove and report on the built-in model
 # make test         set up with vLLM, then run all tests
 # make test-fast    set up, then run the tests that take seconds
+# make real         set up, then prune a real model of 135M parameters: no hub, half an hour
+# make test-real    set up with vLLM, then the tests with real models, which `make test` leaves out
 # make vllm         set up with vLLM: the CUDA build where there is an NVIDIA GPU, else the CPU build
 # make lint         style and types
 # make docs         set up, then build the documentation into build/docs
@@ -13,7 +15,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup vllm quickstart test test-fast lint schema docs clean
+.PHONY: setup vllm quickstart real test test-fast test-real lint schema docs clean
 
 setup: $(VENV)/.installed
 
@@ -41,11 +43,19 @@ $(VENV)/.vllm: $(VENV)/.installed
 quickstart: setup
 	$(BIN)/bipdeploy run recipes/quickstart.yaml
 
+real: setup
+	$(BIN)/python benchmarks/real_models.py
+	$(BIN)/bipdeploy run recipes/smollm2-135m.yaml \
+	  $$($(BIN)/python benchmarks/real_models.py --settings)
+
 test: setup vllm
-	$(PYTEST)
+	$(PYTEST) -m 'not real'
 
 test-fast: setup
-	$(PYTEST) -m 'not vllm and not slow'
+	$(PYTEST) -m 'not vllm and not slow and not real'
+
+test-real: setup vllm
+	$(PYTEST) -m real
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,9 +34,9 @@ from speed.shapes import SHAPES, config_of, pruned_of
 EXPORT = """
 import json, sys, time
 from pathlib import Path
-from bipdeploy.artifacts import PeakMemory
-from bipdeploy.checkpoint import Checkpoint
-from bipdeploy.ort import folder, graph
+from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.ort import folder
+from bipdeploy.running.machine import PeakMemory
 memory, began = PeakMemory(), time.perf_counter()
 before = memory.bytes()
 folder.write(Checkpoint(sys.argv[1]), Path(sys.argv[2]), style=sys.argv[3], dtype="float32")

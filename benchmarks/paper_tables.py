@@ -31,7 +31,7 @@ from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe import tasks as task_names
 from bipdeploy.recipe.methods import method
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.reporting.plotting import as_markdown
+from bipdeploy.reporting.markdown import as_markdown
 from bipdeploy.running import artifacts, machine
 
 PUBLISHED = Path(__file__).with_name("published.json")

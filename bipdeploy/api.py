@@ -16,18 +16,19 @@ from pathlib import Path
 from bipdeploy.comparing.command import Compared
 from bipdeploy.comparing.command import compare as compared
 from bipdeploy.errors import InputError
-from bipdeploy.model import sources
+from bipdeploy.model import agreement, sources
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.pipeline import pipeline
+from bipdeploy.pipeline.keys import local_texts
 from bipdeploy.pipeline.preflight import refuse
 from bipdeploy.planning import footprint, latency
 from bipdeploy.planning import plan as planning
 from bipdeploy.planning.latency import Table
 from bipdeploy.planning.plan import Plan
-from bipdeploy.planning.resolved import resolve, resolved_at
+from bipdeploy.planning.resolved import Resolved, resolve, resolved_at
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.running import artifacts
+from bipdeploy.running import artifacts, places
 from bipdeploy.running.reporter import Reporter, Silent
 from bipdeploy.stages.table import ARTEFACTS, STAGES
 from bipdeploy.sweeping.command import Swept
@@ -80,69 +81,72 @@ def _recipe(recipe: Recipe | PathLike, overrides: Sequence[str]) -> Recipe:
 
 
 def score(model: str, out: PathLike, settings: Sequence[str] = (),
-          reporter: Reporter | None = None) -> Path:
+          reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Score every group of a model; returns the folder with `scores.safetensors`."""
-    return _stage("score", model, {}, out, settings, reporter)
+    return _stage("score", model, {}, out, settings, reporter, force)
 
 
 def prune(model: str, scores: PathLike, out: PathLike, ratio: float | None = None,
-          settings: Sequence[str] = (), reporter: Reporter | None = None) -> Path:
+          settings: Sequence[str] = (), reporter: Reporter | None = None, *,
+          force: bool = False) -> Path:
     """Slice a model by its scores; returns the folder that holds the smaller `model`.
 
     Without a `ratio` the settings give `prune.target`.
     """
     return _stage("prune", model, {"score": Path(scores)}, out,
-                  [f"prune.ratio={'null' if ratio is None else ratio}", *settings], reporter)
+                  [f"prune.ratio={'null' if ratio is None else ratio}", *settings], reporter, force)
 
 
 def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
-            reporter: Reporter | None = None) -> Path:
+            reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Repair a sliced model beside its dense origin; returns the folder that holds `model`."""
     return _stage("recover", model, {"sliced": sources.model_folder(str(pruned))}, out, settings,
-                  reporter)
+                  reporter, force)
 
 
 def lora(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
-         reporter: Reporter | None = None) -> Path:
+         reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Train adapters on a pruned model and merge them; returns the folder that holds `model`."""
     return _stage("lora", model, {"repaired": sources.model_folder(str(pruned))}, out,
-                  ["lora.enabled=true", *settings], reporter)
+                  ["lora.enabled=true", *settings], reporter, force)
 
 
 def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
-           reporter: Reporter | None = None) -> Path:
+           reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Write and verify the export targets of a model; returns their parent folder."""
     return _stage("export", str(pruned), {"pruned": sources.model_folder(str(pruned))}, out,
-                  settings, reporter)
+                  settings, reporter, force)
 
 
 def evaluate(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
-             reporter: Reporter | None = None) -> Path:
+             reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Measure a pruned model's perplexity and accuracy beside the dense one; returns the folder of
     figures."""
     return _stage("evaluate", model, {"exported": sources.model_folder(str(pruned))}, out,
-                  settings, reporter)
+                  settings, reporter, force)
 
 
 def bench(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
-          reporter: Reporter | None = None) -> Path:
+          reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Time a pruned model against the dense one; returns the folder of figures."""
     folder = sources.model_folder(str(pruned))
-    return _stage("bench", model, {"exported": folder, "served": folder}, out, settings, reporter)
+    return _stage("bench", model, {"exported": folder, "served": folder}, out, settings, reporter,
+                  force)
 
 
 def gate(folders: Sequence[PathLike], out: PathLike, settings: Sequence[str],
-         reporter: Reporter | None = None) -> Path:
+         reporter: Reporter | None = None, *, force: bool = False) -> Path:
     """Judge the figures in stage folders by `gates.…` settings; returns the folder of verdicts."""
     inputs = {str(number): Path(folder) for number, folder in enumerate(folders)}
     for folder in inputs.values():
         if not (folder / artifacts.FIGURES).is_file():
             raise InputError(f"{folder} holds no {artifacts.FIGURES}; give the folders that "
                              "`bipdeploy evaluate`, `bench` or `prune` wrote")
-    return _stage("gate", "builtin:pico", inputs, out, settings, reporter)
+    return _stage("gate", "builtin:pico", inputs, out, settings, reporter, force)
 
 
-def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None) -> Path:
+def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None, *,
+           force: bool = False) -> Path:
     """Write the report of a run anew from its artefacts; returns the folder with `report.html`."""
     folder = Path(run_folder)
     manifest = artifacts.read_json(folder / artifacts.MANIFEST)
@@ -150,8 +154,7 @@ def report(run_folder: PathLike, out: PathLike, reporter: Reporter | None = None
         raise InputError(f"{folder} is not a run's folder; give the one above it")
     recipe = recipe_file.build(manifest["recipe"], str(folder / artifacts.MANIFEST))
     inputs = {name: folder / name for name in STAGES["report"].needs}
-    pipeline.run_stage("report", recipe, inputs, Path(out), "", reporter or Silent())
-    return Path(out)
+    return _write("report", recipe, inputs, Path(out), reporter, force)
 
 
 def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None = None,
@@ -182,28 +185,42 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
 
 
 def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
-           settings: Sequence[str], reporter: Reporter | None) -> Path:
-    recipe = _stage_recipe(model, settings)
+           settings: Sequence[str], reporter: Reporter | None, force: bool) -> Path:
+    recipe, resolved = _stage_recipe(model, settings), None
     pipeline.require_one_process()
     if "dense" in STAGES[name].needs:
-        inputs["dense"] = sources.model_folder(model, recipe.model.revision,
-                                               code=recipe.model.trust_remote_code)
-    for artefact in ("dense", *ARTEFACTS):
+        inputs["dense"] = sources.dense_folder(recipe.model)
+        resolved = resolved_at(recipe, inputs["dense"])
+        agreement.require(resolved.checkpoint)
+    for artefact in ARTEFACTS:
         if artefact in inputs:
-            Checkpoint(inputs[artefact]).verify()
-    _require_space(name, recipe, inputs, Path(out))
-    pipeline.run_stage(name, recipe, inputs, Path(out), "", reporter or Silent())
-    return Path(out)
+            agreement.require(Checkpoint(inputs[artefact]))
+    return _write(name, recipe, inputs, Path(out), reporter, force, resolved)
 
 
-def _require_space(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> None:
+def _write(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path,
+           reporter: Reporter | None, force: bool, resolved: Resolved | None = None) -> Path:
+    """Run a stage into a folder of the user's choice, where nothing is lost by it."""
+    reporter = reporter or Silent()
+    read = [*inputs.values(), *local_texts(recipe)]
+    removed = places.require_place(out, name, read, force=force)
+    with places.alone(out):
+        _require_space(name, recipe, inputs, out, resolved)
+        if removed:
+            reporter.note(removed)
+        pipeline.run_stage(name, recipe, inputs, out, "", reporter, resolved)
+    return out
+
+
+def _require_space(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path,
+                   resolved: Resolved | None) -> None:
     """Refuse a stage that writes a model where there is no room for it. Raises StageError."""
-    if name not in ("prune", "recover", "lora", "export"):
-        return
-    source = next(inputs[n] for n in ("sliced", "repaired", "pruned", "dense") if n in inputs)
-    resolved = resolved_at(recipe, source)
-    widths = resolved.uniform if name == "prune" else resolved.architecture.blocks
-    footprint.require_space(resolved, widths, [name], out, "--out")
+    if name == "prune" and resolved:
+        footprint.require_space(resolved, resolved.uniform, [name], out, "--out")
+    elif name in ("recover", "lora", "export"):  # what they write is as large as what they read
+        made = resolved_at(recipe, next(inputs[n] for n in ("sliced", "repaired", "pruned")
+                                        if n in inputs))
+        footprint.require_space(made, made.architecture.blocks, [name], out, "--out")
 
 
 def _stage_recipe(model: str, settings: Sequence[str]) -> Recipe:

@@ -25,8 +25,7 @@ class Row:
 
     def load(self) -> Callable[..., Any]:
         """The function, imported now."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return loaded(self.function)
 
     def refuse(self, resolved: Any) -> None:
         """Raise InputError where this cannot work on what a recipe was resolved to."""
@@ -34,9 +33,18 @@ class Row:
             self.refuses(resolved)
 
 
+def loaded(function: str) -> Callable[..., Any]:
+    """What "module:function" names, imported now."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 R = TypeVar("R", bound=Row)
 
 
 def by_name(*rows: R) -> dict[str, R]:
-    """A table of rows."""
-    return {row.name: row for row in rows}
+    """A table of rows. Raises ValueError where two have one name."""
+    table = {row.name: row for row in rows}
+    if len(table) < len(rows):
+        raise ValueError(f"two rows have one name: {[row.name for row in rows]}")
+    return table

@@ -16,7 +16,8 @@ from pathlib import Path
 ORDER: tuple[tuple[str, ...], ...] = (
     ("errors", "table"),
     ("recipe", "running"),
-    ("data", "model"),
+    ("model",),
+    ("data",),
     ("ort", "pruning", "reporting", "tuning"),
     ("planning", "serving"),
     ("exporters", "measuring"),

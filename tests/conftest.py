@@ -35,3 +35,11 @@ def smoke(tmp_path_factory):
     from bipdeploy import api
 
     return api.run(SMOKE, runs=tmp_path_factory.mktemp("runs"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM takes as long as the machine lets it: what it waits for gives up when nothing moves
+    (`serving.server`), long before this."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.timeout(1800), append=False)

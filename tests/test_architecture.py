@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 import shutil
 from pathlib import Path
 
@@ -83,6 +85,16 @@ def test_a_circle_within_a_room_is_found(tmp_path):
         "def late():\n    from bipdeploy.recipe.first import second\n    return second\n")
     assert list(circles(copy)) == [
         "bipdeploy.recipe.first → bipdeploy.recipe.second → bipdeploy.recipe.first"]
+
+
+def test_scripts_that_stand_in_strings_import_what_exists():
+    asked = {(path.name, *found) for folder in ("benchmarks", "tests", "docs")
+             for path in (ROOT / folder).rglob("*.py") if path.name != "test_architecture.py"
+             for found in re.findall(r"\bfrom (bipdeploy[\w.]*) import ([a-zA-Z_]\w*)",
+                                     path.read_text(encoding="utf-8"))}
+    assert len(asked) > 300
+    assert {line for line in asked if f"{line[1]}.{line[2]}" not in MODULES
+            and not hasattr(importlib.import_module(line[1]), line[2])} == set()
 
 
 def test_no_file_is_longer_than_400_lines():

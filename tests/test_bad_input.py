@@ -387,15 +387,16 @@ def test_a_full_disk_keeps_the_earlier_stages(tmp_path, words, monkeypatch):
         subprocess.run(["umount", runs], check=True)
 
 
-@pytest.mark.parametrize("inodes", range(1, 7))
+@pytest.mark.parametrize("inodes", range(1, 8))
 def test_a_disk_that_is_full_at_any_moment_of_a_stage(tmp_path, words, inodes):
-    # The files of the first stage and the run's manifest take seven: at each count, another fails.
+    # The lock, the files of the first stage and the run's manifest take eight: at each count,
+    # another fails.
     runs = mounted(tmp_path / "runs", f"size=5m,nr_inodes={inodes}")
     try:
         done = bipdeploy_here("run", SMOKE, "--runs", runs, "--until", "score", "--set",
                               f"calibration.data={words}")
         refused(done, 1, "the disk is full while writing", str(runs))
-        assert stages(runs) == (["score"] if inodes == 6 else [])
+        assert stages(runs) == (["score"] if inodes == 7 else [])
     finally:
         subprocess.run(["umount", runs], check=True)
 
@@ -493,7 +494,5 @@ def test_nan_outside_the_blocks_is_named_too(tmp_path):
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     few = ["--set", "calibration.samples=4"]
-    assert bipdeploy_here("score", model, "--out", tmp_path / "scores", *few).returncode == 0
-    refused(bipdeploy_here("prune", model, tmp_path / "scores", "--ratio", "0.3", "--out",
-                           tmp_path / "out", "--set", "prune.round_to=8"),
-            2, "model.norm.weight", "NaN")
+    refused(bipdeploy_here("score", model, "--out", tmp_path / "scores", *few), 2,
+            "model.norm.weight", "NaN")

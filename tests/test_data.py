@@ -202,7 +202,8 @@ def test_a_hub_set_without_the_hub_fails_in_one_line_that_names_the_local_text(t
                      env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
     assert done.returncode == 2
     (line,) = message(done)
-    assert line.startswith("error: data: wikitext2 (Salesforce/wikitext) could not be had")
+    assert line.startswith("error: calibration.data: wikitext2 (Salesforce/wikitext) "
+                           "could not be had")
     assert "use builtin:pydocs" in line
 
 

@@ -17,13 +17,17 @@ from peft import PeftModel
 
 from bipdeploy import api
 from bipdeploy.data.text import Text
+from bipdeploy.data.windows import tokenizer
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.pipeline import pipeline
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
 from bipdeploy.running.reporter import Silent
 from bipdeploy.stages.evaluate import check_overlap
+from bipdeploy.stages.lora import read_windows
 from bipdeploy.tuning import launch
+from bipdeploy.tuning.data import IGNORED, Windows
+from tests.chats import CHATML, CONVERSATIONS, with_template
 from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, leftovers, refused
 from tests.sliced import loaded, logits, results, token_windows
 
@@ -114,6 +118,79 @@ def test_instructions_are_trained_on_and_the_adapter_is_kept(tmp_path, sliced):
     assert (logits(kept, ids) - logits(loaded(out / "model"), ids)).abs().max() < 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss_on", "packing"), [("response", "true"), ("all", "false")])
+def test_conversations_are_trained_on(tmp_path, sliced, loss_on, packing):
+    dense = with_template(tmp_path / "dense", CHATML, model=True)
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in CONVERSATIONS * 30))
+    out = api.lora(str(dense), sliced, tmp_path / "out", [
+        *PLAIN, f"lora.data={file}", "lora.field=messages", f"lora.loss_on={loss_on}",
+        f"lora.packing={packing}", "lora.steps=2"])
+    record = artifacts.read_json(out / "lora.json")
+    assert record["data"]["format"] == "conversations"
+    assert (record["data"]["documents"], record["data"]["documents_lost"]) == (60, 0)
+    assert record["data"]["tokenised"]["way"] == "all of the text"
+    assert 0 < record["tokens"] <= 2 * 4 * 63
+    assert (record["tokens"] == 2 * 4 * 63) == (loss_on == "all")
+
+
+def test_only_the_answers_of_a_conversation_count(tmp_path):
+    dense = with_template(tmp_path / "dense", CHATML)
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in CONVERSATIONS * 9))
+    section = {"enabled": True, "data": str(file), "field": "messages", "packing": False,
+               "tokens": 256, "batch": 4, "accumulation": 1, "validation": {"windows": 4}}
+    tokens = tokenizer(dense)
+
+    def read(**settings: object) -> tuple[Windows, list[str]]:
+        recipe = Recipe.model_validate({
+            "name": "x", "model": {"id": str(dense)}, "prune": {"ratio": 0.3},
+            "lora": {**section, **settings}})
+        windows, _ = read_windows(recipe, dense)
+        return windows, [tokens.decode(labels[labels != IGNORED]) for labels in windows.labels]
+
+    windows, counted = read()
+    assert counted[:2] == ["A sequence that can be changed.<|im_end|>\n",
+                           "Seven.<|im_end|>\nNine, which is three times three.<|im_end|>\n"]
+    written = [tokens.apply_chat_template(row, tokenize=False) for row in CONVERSATIONS]
+    assert [tokens.decode(ids[:len(tokens(text).input_ids)])
+            for ids, text in zip(windows.ids, written, strict=False)] == written
+    assert read(loss_on="all")[1][:2] == written
+
+
+@pytest.mark.parametrize(("packing", "words"), [
+    ("false", ["gives 2 windows", "38 of 40 documents (95%)",
+               "raise lora.tokens (the longest prompt has", "or set lora.packing: true"]),
+    ("true", ["gives 39 windows", "71% of all windows hold prompts alone", "1 of 40 documents (2%)",
+              "raise lora.tokens, so that windows reach the responses, and give more rows"])])
+def test_prompts_that_fill_the_window_ask_for_a_larger_one(tmp_path, sliced, packing, words):
+    rows = [{"instruction": "Add one. " * (2 if n < 2 else 60), "input": "", "output": str(n)}
+            for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    arguments = [part for s in [*PLAIN, f"lora.data={file}", "lora.format=alpaca",
+                                f"lora.packing={packing}", "lora.batch=40"]
+                 for part in ("--set", s)]
+    done = bipdeploy_here("lora", "builtin:pico", sliced, "--out", tmp_path / "out", *arguments)
+    assert "lower lora.tokens" not in refused(done, 2, "lora.data", "4 + 40", *words)
+
+
+@pytest.mark.slow
+def test_documents_that_are_not_trained_on_are_said(tmp_path, sliced):
+    rows = [{"instruction": "Add one. " * (2 if n < 20 else 60), "input": "", "output": str(n)}
+            for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    reporter = Silent()
+    out = api.lora("builtin:pico", sliced, tmp_path / "out", [
+        *PLAIN, f"lora.data={file}", "lora.format=alpaca", "lora.packing=false", "lora.steps=1"],
+        reporter)
+    assert artifacts.read_json(out / "lora.json")["data"]["documents_lost"] == 20
+    assert any("20 of 40 documents (50%)" in note and "raise lora.tokens" in note
+               for note in reporter.notes)
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     (["lora.target_modules=[q_porj]"], ["lora.target_modules", "'q_porj'", "'q_proj'"]),
     (["lora.batch=6", "lora.accumulation=4"], ["batch 6", "does not divide", "4 x 1"]),
@@ -144,6 +221,14 @@ def test_instructions_from_running_text_are_refused_before_the_first_stage():
     ('{"instruction": "a", "output": "b"}', ["lora.data=T.jsonl", "lora.format=alpaca"],
      ["no column 'input'", "instruction, output"]),
     ('{"output": "b"}', ["lora.data=T.jsonl"], ["no column 'text'"]),
+    ('{"instruction": "a", "input": 7, "output": "b"}',
+     ["lora.data=T.jsonl", "lora.format=alpaca"], ["lora.data", "column 'input'", "int"]),
+    ('{"messages": [{"role": "user", "content": "a"}]}',
+     ["lora.data=T.jsonl"], ["lora.field", "set lora.field: messages"]),
+    ('{"messages": [{"role": "user", "content": "a"}]}', ["lora.data=T.jsonl",
+     "lora.format=alpaca"], ["set lora.format: text and lora.field: messages"]),
+    ('{"messages": [{"role": "user", "content": "a"}]}', ["lora.data=T.jsonl",
+     "lora.field=messages"], ["no chat template"]),
     ("", ["lora.data=T.jsonl", "lora.format=alpaca"], ["is empty"]),
     ("\n", ["lora.data=T.jsonl", "lora.format=alpaca"], ["T.jsonl"]),
     ("Words " * 2000, ["lora.data=T.txt", "lora.tokens=300"], ["lora.tokens", "256"])])

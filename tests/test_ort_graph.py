@@ -238,7 +238,7 @@ def test_query_heads_must_be_a_multiple_of_kv_heads(tmp_path):
     source = tiny_model(tmp_path / "model", kv_heads=4)
     config = json.loads((source / "config.json").read_text()) | {"num_key_value_heads": 3}
     (source / "config.json").write_text(json.dumps(config))
-    refused(source, ["block 0", "4 query heads", "3 KV heads"])
+    refused(source, ["4 query heads", "3 KV heads"])
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

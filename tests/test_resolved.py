@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from bipdeploy import api
 from bipdeploy.errors import InputError
-from bipdeploy.model import checkpoint, sources
+from bipdeploy.model import checkpoint, weights
 from bipdeploy.model.families import architecture
-from bipdeploy.planning import resolved as resolving
 from bipdeploy.planning.resolved import resolve, resolved_at
 from bipdeploy.pruning.allocation import uniform_widths
 from bipdeploy.recipe import file as recipe_file
@@ -20,29 +21,46 @@ from tests.tiny import PICO
 def reads(monkeypatch):
     """The folders whose config.json is read, and those whose weights are opened."""
     configs, opened = [], []
-    original, entries = checkpoint.read_config, checkpoint.Checkpoint._entries
+    original, entries = checkpoint.read_config, weights.entries
 
     def read(folder):
         configs.append(folder)
         return original(folder)
 
-    def headers(self):
-        opened.append(self.folder)
-        return entries(self)
+    def headers(folder, config):
+        opened.append(folder)
+        return entries(folder, config)
 
-    for module in (checkpoint, sources, resolving):
-        monkeypatch.setattr(module, "read_config", read)
-    monkeypatch.setattr(checkpoint.Checkpoint, "_entries", headers)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("bipdeploy.") and getattr(module, "read_config", None) is original:
+            monkeypatch.setattr(module, "read_config", read)
+    monkeypatch.setattr(weights, "entries", headers)
     return configs, opened
 
+
+# What transformers loads whole is verified by itself: for the walk's agreement, for perplexity, for
+# the bench. `fingerprint` looks at the config alone.
 
 def test_a_run_reads_the_dense_model_s_config_once_and_opens_its_weights_once(tmp_path, reads):
     configs, opened = reads
     api.run(SMOKE, runs=tmp_path)
-    # `fingerprint` looks whether the folder is a model's at all; the children that measure memory
-    # and what transformers loads read for themselves.
-    assert configs.count(PICO) == 2
+    assert opened.count(PICO) == 1 + 3
+    assert configs.count(PICO) == 1 + 3 + 1
+
+
+def test_a_single_stage_opens_the_dense_model_once(tmp_path, reads, smoke):
+    _, opened = reads
+    api.prune("builtin:pico", smoke.folder / "score", tmp_path / "prune", ratio=0.3,
+              settings=["prune.round_to=8"])
     assert opened.count(PICO) == 1
+
+
+def test_the_cells_of_a_comparison_share_the_dense_model(tmp_path, reads):
+    _, opened = reads
+    api.compare(SMOKE, tmp_path / "compare", [
+        'compare={criteria: [magnitude], ratios: [0.3, 0.4], repairs: [none, bias], seeds: [0]}',
+        "evaluate.perplexity.max_tokens=500"])
+    assert opened.count(PICO) == 1 + 2
 
 
 def test_a_plan_reads_the_config_once_and_no_weights(tmp_path, reads):

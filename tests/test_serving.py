@@ -24,8 +24,9 @@ from bipdeploy.model.checkpoint import INDEX, Checkpoint, CheckpointWriter
 from bipdeploy.model.formats import pruned_config
 from bipdeploy.running import artifacts
 from bipdeploy.serving import engine as engines
-from bipdeploy.serving import server
+from bipdeploy.serving import generation, server
 from bipdeploy.serving.engine import Engine
+from bipdeploy.serving.generation import Sampling
 from tests.running import ENVIRONMENT, SCRIPT, SMOKE, bipdeploy_here, refused
 from tests.sliced import architecture_of, loaded
 from tests.tiny import PICO, tiny_model
@@ -291,6 +292,22 @@ def test_the_server_answers_as_the_exported_model_does_and_stops_when_told(servi
     assert "Traceback" not in process.stderr.read()
     with pytest.raises(OSError):
         asked(f"{url}/v1/models")
+
+
+@pytest.mark.vllm
+def test_vllm_generates_by_the_rules_of_the_other_engines(tmp_path):
+    """What the model's generation settings say changes nothing, but where a text ends."""
+    model, prompt = shutil.copytree(PICO, tmp_path / "model"), "Return the number of"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = "".join(generation.generate(model, prompt, Sampling(6), engine="transformers"))
+    said = tokenizer(plain)["input_ids"]
+    assert len(said) == 6 and said[3] not in said[:3]
+    (model / "generation_config.json").write_text(json.dumps({
+        "eos_token_id": [0, said[3]], "repetition_penalty": 50.0, "temperature": 2.0,
+        "do_sample": True, "max_new_tokens": 2}))
+    for engine in ("transformers", "vllm"):
+        shorter = "".join(generation.generate(model, prompt, Sampling(6), engine=engine))
+        assert shorter == tokenizer.decode(said[:3]), engine
 
 
 @pytest.mark.vllm

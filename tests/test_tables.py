@@ -8,7 +8,7 @@ import pytest
 
 from bipdeploy.exporters.table import EXPORTERS
 from bipdeploy.measuring.table import ENGINES
-from bipdeploy.measuring.tasks import TASKS
+from bipdeploy.measuring.tasks import METRICS, TASKS, find
 from bipdeploy.model.families import FAMILIES
 from bipdeploy.planning.gpus import GPUS
 from bipdeploy.planning.targets import TARGETS
@@ -22,7 +22,7 @@ from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.target import TargetSection
 from bipdeploy.stages.repairs import REPAIRS
 from bipdeploy.stages.table import ARTEFACTS, STAGES
-from bipdeploy.table import Row
+from bipdeploy.table import Row, by_name, loaded
 
 TABLES = {"criteria": CRITERIA, "repairs": REPAIRS, "targets": TARGETS, "exporters": EXPORTERS,
           "engines": ENGINES, "stages": STAGES, "tasks": TASKS}
@@ -51,15 +51,26 @@ def test_a_comparison_s_names_are_made_of_the_recipe_s():
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_has_the_same_first_columns_and_a_function_that_exists(row):
+def test_every_row_is_of_the_one_shape_and_has_a_function_that_exists(row):
     assert isinstance(row, Row)
-    assert list(row.__dataclass_fields__)[:4] == ["name", "needs", "refuses", "function"]
     assert callable(row.load())
 
 
-@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
-def test_rows_stand_under_their_own_names(table):
-    assert {name: row.name for name, row in table.items()} == {name: name for name in table}
+def test_two_rows_of_one_name_are_refused():
+    row = Row("a", (), None, "bipdeploy.stages.gate:run")
+    with pytest.raises(ValueError, match="one name"):
+        by_name(row, row)
+
+
+def test_what_is_rehearsed_exists():
+    assert [name for name, stage in STAGES.items()
+            if stage.rehearsal and callable(loaded(stage.rehearsal))] == ["lora", "evaluate"]
+
+
+def test_the_tasks_of_the_published_table_have_their_metrics():
+    assert set(METRICS) == set(tasks.GROUPS["llm_bip_7"])
+    assert tasks.names(list(tasks.BUILTIN)) == [
+        task.name for task in find(list(tasks.BUILTIN))]
 
 
 def test_stages_read_what_is_there_by_then_and_sections_that_a_recipe_has():

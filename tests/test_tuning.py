@@ -80,6 +80,23 @@ def test_an_instruction_without_input_has_the_shorter_prompt():
     assert "Input" not in text and text.endswith("### Instruction:\nGo.\n\n### Response:Yes")
 
 
+def test_tokens_that_reach_into_an_answer_count():
+    places = [(0, 2), (2, 4), (4, 7), (7, 7), (7, 9), (9, 9)]  # of empty ones nothing is known
+    made = data.answered(range(1, 7), places, [(3, 6), (7, 9)])
+    assert made.labels == [IGNORED, 2, 3, IGNORED, 5, IGNORED]
+    assert data.before_answer(made) == 1
+
+
+def test_documents_without_a_token_that_counts_in_a_window_are_counted():
+    late = Document([1, 2, 3, 4], [IGNORED, IGNORED, IGNORED, 4])
+    padded = data.pad([late, data.plain([7, 8])], 3, filler=0)
+    assert (len(padded), padded.empty, padded.documents, padded.lost) == (1, 1, 2, 1)
+    packed = data.pack([late, data.plain([7, 8]), late], 4)
+    assert (len(packed), packed.empty, packed.documents, packed.lost) == (2, 0, 3, 1)
+    hidden = data.pack([Document([1] * 9, [IGNORED] * 8 + [1])], 3)
+    assert (len(hidden), hidden.empty, hidden.documents, hidden.lost) == (1, 2, 1, 0)
+
+
 def test_windows_held_back_are_none_of_those_trained_on():
     windows = data.pack([data.plain(range(60))], 3)
     train, held = data.hold_back(windows, 6, seed=1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bipdeploy.cli import single
+from bipdeploy.cli.options import Criteria, Layers, Out, Ratios, Repairs, Set
 from bipdeploy.errors import STAGE_FAILED, BipdeployError, GateError, StageError
 
 app = typer.Typer(name="bipdeploy", no_args_is_help=True, add_completion=False,
@@ -18,17 +19,6 @@ app = typer.Typer(name="bipdeploy", no_args_is_help=True, add_completion=False,
                   help="Prune a causal language model, repair it, and prove that it is accurate "
                   "and faster.\n\nExit codes: 0 passed, 1 a stage failed, 2 bad input, "
                   "3 a gate failed.")
-
-Set = Annotated[list[str] | None, typer.Option(
-    "--set", help="Override a recipe field: section.field=value. Repeatable.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-# What `compare` and `sweep` both vary.
-Criteria = Annotated[str | None, typer.Option(help="Criteria, such as llm_bip:measured,flap.")]
-Layers = Annotated[str | None, typer.Option(
-    help="Spreads of the budget, such as uniform,searched.")]
-Ratios = Annotated[str | None, typer.Option(help="Such as 0.2,0.5.")]
-Repairs = Annotated[str | None, typer.Option(help="Such as none,bias,refit.")]
-
 
 @app.command()
 def run(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
@@ -193,7 +183,10 @@ def generate(path: Annotated[str, typer.Argument(
                  help="transformers, onnx or vllm; by default what the folder is for.")] = None,
              device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
              compare: Annotated[bool, typer.Option(
-                 "--compare", help="Dense and pruned side by side; takes a run.")] = False) -> None:
+                 "--compare", help="Dense and pruned side by side; takes a run.")] = False,
+             trust_remote_code: Annotated[bool, typer.Option(
+                 "--trust-remote-code", help="Run the Python code that its tokenizer is of."
+                 )] = False) -> None:
     """Continue a prompt with any model that bipdeploy wrote, streamed."""
     from bipdeploy.cli import screens
     from bipdeploy.serving import generation
@@ -202,11 +195,14 @@ def generate(path: Annotated[str, typer.Argument(
     if compare:
         dense, pruned = generation.pair(path)
         screens.show_side_by_side({
-            "dense": generation.generate(dense, prompt, sampling, None, device),
-            "pruned": generation.generate(pruned, prompt, sampling, engine, device)})
+            "dense": generation.generate(dense, prompt, sampling, None, device,
+                                         trust_remote_code=trust_remote_code),
+            "pruned": generation.generate(pruned, prompt, sampling, engine, device,
+                                          trust_remote_code=trust_remote_code)})
     else:
         screens.show_stream(generation.generate(generation.artefact(path), prompt, sampling,
-                                                engine, device))
+                                                engine, device,
+                                                trust_remote_code=trust_remote_code))
 
 
 @app.command()
@@ -271,89 +267,9 @@ def schema() -> None:
     print(json.dumps(recipe_file.schema(), indent=2))
 
 
-Model = Annotated[str, typer.Argument(help="builtin:pico, a model folder or a hub id.")]
-Pruned = Annotated[Path, typer.Argument(help="A pruned model: its folder, or a stage's.")]
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def score(model: Model, out: Out, settings: Set = None) -> None:
-    """Score every head and FFN channel."""
-    _one("score", lambda api, bar: api.score(model, out, settings or [], bar))
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def prune(model: Model,
-          scores: Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")],
-          out: Out,
-          ratio: Annotated[float | None, typer.Option(
-              help="Share of block parameters to remove; or --set prune.target=…")] = None,
-          settings: Set = None) -> None:
-    """Slice a model by its scores."""
-    _one("prune", lambda api, bar: api.prune(model, scores, out, ratio, settings or [], bar))
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
-    """Repair a pruned model beside its dense origin."""
-    _one("recover", lambda api, bar: api.recover(model, pruned, out, settings or [], bar))
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def lora(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
-    """Train low-rank adapters on a pruned model and merge them."""
-    _one("lora", lambda api, bar: api.lora(model, pruned, out, settings or [], bar))
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def export(pruned: Pruned, out: Out, settings: Set = None) -> None:
-    """Write and verify the export targets."""
-    _one("export", lambda api, bar: api.export(pruned, out, settings or [], bar))
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def evaluate(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
-    """Measure perplexity and accuracy, dense and pruned."""
-    _one("evaluate", lambda api, bar: api.evaluate(model, pruned, out, settings or [], bar), True)
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def bench(model: Model, pruned: Pruned, out: Out, settings: Set = None) -> None:
-    """Time the pruned model against the dense one."""
-    _one("bench", lambda api, bar: api.bench(model, pruned, out, settings or [], bar), True)
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def gate(folders: Annotated[list[Path], typer.Argument(help="Stage folders with figures.")],
-         out: Out, settings: Set = None) -> None:
-    """Judge figures by --set gates.FIGURE.max=… and .min=…"""
-    from bipdeploy.cli import screens
-    from bipdeploy.running import artifacts
-
-    _one("gate", lambda api, bar: api.gate(folders, out, settings or [], bar))
-    verdicts = artifacts.read_json(out / "gates.json")["gates"]
-    screens.show_gates(verdicts)
-    failed = [v for v in verdicts if not v["passed"]]
-    if failed:
-        raise GateError("\n".join(f"gate {v['figure']} {v['why']}" for v in failed))
-
-
-@app.command(rich_help_panel="One stage on plain paths")
-def report(run_folder: Annotated[Path, typer.Argument(help="A run, such as runs/quickstart.")],
-           out: Out) -> None:
-    """Write a run's report anew."""
-    _one("report", lambda api, bar: api.report(run_folder, out, bar))
-
-
-def _one(name: str, call: Callable, table: bool = False) -> None:
-    """Run one stage with a progress bar, then say what it wrote."""
-    from bipdeploy import api
-    from bipdeploy.cli import console, screens
-
-    with console.bar(name) as bar:
-        out = call(api, bar)
-    if table:
-        screens.show_comparison({name: out})
-    console.out.print(f"wrote {out}", markup=False)
+for _stage in (single.score, single.prune, single.recover, single.lora, single.export,
+               single.evaluate, single.bench, single.gate, single.report):
+    app.command(rich_help_panel="One stage on plain paths")(_stage)
 
 
 def _version(wanted: bool) -> None:

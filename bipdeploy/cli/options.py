@@ -1,12 +1,27 @@
-"""Options of commands as the recipe overrides that they stand for."""
+"""Options that commands share, and the recipe overrides that options stand for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from bipdeploy.errors import InputError
+
+Set = Annotated[list[str] | None, typer.Option(
+    "--set", help="Override a recipe field: section.field=value. Repeatable.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Force = Annotated[bool, typer.Option(
+    "--force", help="Replace OUT, whatever is in it, unless it is read.")]
+# What `compare` and `sweep` both vary.
+Criteria = Annotated[str | None, typer.Option(help="Criteria, such as llm_bip:measured,flap.")]
+Layers = Annotated[str | None, typer.Option(
+    help="Spreads of the budget, such as uniform,searched.")]
+Ratios = Annotated[str | None, typer.Option(help="Such as 0.2,0.5.")]
+Repairs = Annotated[str | None, typer.Option(help="Such as none,bias,refit.")]
 
 
 def compare_settings(given: dict[str, str | None]) -> list[str]:

@@ -27,7 +27,7 @@ def show_run(result: RunResult) -> None:
     """The comparison, the gates, and the paths of what was made."""
     if result.reused:
         console.err.print(f"reused, nothing changed: {', '.join(result.reused)}")
-    folders = {name: result.folder / name for name in result.stages}
+    folders = result.folders
     show_comparison(folders)
     collected = summary.collect(folders)
     if collected["lora_said"]:

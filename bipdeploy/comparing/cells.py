@@ -53,8 +53,7 @@ class Plan:
 
     @property
     def dense(self) -> Path:
-        assert self.resolved.folder is not None
-        return self.resolved.folder
+        return self.resolved.dense
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -63,8 +62,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises InputError for all that cannot be measured, before anything is.
     """
     recipe = _compared(recipe)
-    dense = sources.model_folder(recipe.model.id, recipe.model.revision,
-                                 code=recipe.model.trust_remote_code)
+    dense = sources.dense_folder(recipe.model)
     resolved = resolved_at(recipe, dense)
     section = recipe.compare
     repairs = section.repairs_of(recipe.score.propagation)

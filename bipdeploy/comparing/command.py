@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.comparing import cells, plot, records, results
-from bipdeploy.pipeline.keys import plain
+from bipdeploy.pipeline.keys import local_texts, plain
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.running import artifacts, machine
+from bipdeploy.running import artifacts, machine, places
 from bipdeploy.running.reporter import Reporter
 
 DATA, TABLE, PAGE, PICTURE = "compare.json", "compare.csv", "compare.md", "compare.png"
@@ -34,6 +34,7 @@ def compare(recipe: Recipe, out: Path, reporter: Reporter, command: str,
     holds for this recipe, model and code. Raises InputError before anything is measured.
     """
     wanted = cells.plan(recipe)
+    places.require_apart(out, [wanted.dense, *local_texts(recipe)], holding=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -35,6 +34,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def append(folder: Path, record: dict[str, Any]) -> None:
     """Add a record: on the disk when this returns. Several processes may do so at once."""
+    import fcntl  # POSIX alone has it, and plans are made elsewhere too
+
     line = json.dumps(record) + "\n"
     try:
         with (folder / RECORDS).open("ab+") as file:
@@ -54,6 +55,8 @@ def append(folder: Path, record: dict[str, Any]) -> None:
 @contextmanager
 def workplace(folder: Path) -> Iterator[Path]:
     """A temporary folder within `folder`, which must be there."""
+    import fcntl
+
     try:
         work = Path(tempfile.mkdtemp(dir=folder, prefix=_WORK))
         lock = (work / "new").open("w")
@@ -70,6 +73,8 @@ def workplace(folder: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Remove the work folders that killed processes left behind: nobody holds their locks."""
+    import fcntl
+
     for lock in folder.glob(f"{_WORK}*/lock"):
         with suppress(OSError), lock.open() as file:  # in use, or removed just now
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from bipdeploy.recipe.names import REPAIRS_COMPARED
-from bipdeploy.reporting.plotting import as_markdown
+from bipdeploy.reporting.markdown import as_markdown
 
 Records = Sequence[Mapping[str, Any]]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from math import isnan, lcm
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.model import loading
 from bipdeploy.model.activations import keeping
 from bipdeploy.model.blocks import BlockWalker, compute_device, compute_dtype
+from bipdeploy.model.walk import require_agreement
 from bipdeploy.pipeline import pipeline
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.names import REPAIRS_COMPARED
@@ -68,13 +69,14 @@ class Meter:
         """Token ids by text, with where they came from."""
         found = {}
         for data in dict.fromkeys((self._section.data, *self.recipe.compare.data)):
-            source = text.read(data, test_split(self.recipe), self._section.field)
+            source = text.read(data, test_split(self.recipe), self._section.field,
+                               "evaluate.perplexity")
             overlap = check_overlap(self.recipe, source)
             for used, share in overlap.items():
                 if share > OVERLAP_LIMIT:
                     self._reporter.note(f"{share:.1%} of {data} also stands in the text of {used}: "
                                         "perplexities are too good; use another text or split")
-            ids = windows.token_ids(source, self.dense)[:self._section.max_tokens]
+            ids = windows.leading(source, self.dense, self._section.max_tokens).ids
             found[data] = ids, {
                 "split": source.split, "sha256": source.sha256, "tokens": len(ids),
                 "overlap": overlap, "windows": self._lengths}
@@ -122,9 +124,6 @@ class Meter:
         for data, (ids, _) in self._texts.items():
             for window, length in self._lengths.items():
                 value = perplexity(forward_of(model), ids, length, self._section.batch)
-                if isnan(value.nats):
-                    raise StageError(f"perplexity on {data} is not a number in {self._dtype}; set "
-                                     "model.dtype to float32")
                 found.setdefault(data, {})[window] = {
                     "perplexity": min(value.perplexity, 1e300), "nats": value.nats,
                     "predicted": value.tokens}
@@ -189,6 +188,7 @@ def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path
     recipe = next(iter(asked.values()))
     walker = BlockWalker(wanted.resolved.checkpoint, recipe.model)
     drawn, provenance = calibration_batches(recipe, wanted.dense, wanted.arch.max_positions)
+    require_agreement(walker, recipe.seed)
     sections = [r.score for r in asked.values()]
     size = score.kept_bytes(walker, drawn, sections)
     folder.mkdir()
@@ -218,7 +218,7 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
                         pruning, wanted.resolved.checkpoint, score.read_scores(scores), work,
                         lambda: None)))
             inputs["curves"] = curves
-        _stage("prune", pruning, inputs, sliced)
+        _stage(wanted, "prune", pruning, inputs, sliced)
         _require_budget(wanted, sliced, recipe[cells[0]])
         by_repair = sorted(cells, key=lambda c: str(REPAIRS_COMPARED[c.repair]["recover"]))
         for recover, same in groupby(by_repair, lambda c: REPAIRS_COMPARED[c.repair]["recover"]):
@@ -226,7 +226,7 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
             with _failing(alike, done), _temporary(work / "repaired") as repaired:
                 made = sliced
                 if recover["method"] != "none":
-                    _stage("recover", recipe[alike[0]],
+                    _stage(wanted, "recover", recipe[alike[0]],
                            {"dense": wanted.dense, "sliced": sliced / "model"}, repaired)
                     made = repaired
                 for cell in alike:
@@ -247,17 +247,17 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -
     with _temporary(folder):
         inputs = {name: wanted.dense if name == "dense" else made / "model"
                   for name in STAGES["lora"].needs}
-        _stage("lora", recipe, inputs, folder)
+        _stage(wanted, "lora", recipe, inputs, folder)
         # What an interrupted training would go on from; the next cell is another one.
         shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder
 
 
-def _stage(name: str, recipe: Recipe, inputs: dict[str, Path], out: Path) -> None:
+def _stage(wanted: Plan, name: str, recipe: Recipe, inputs: dict[str, Path], out: Path) -> None:
     """Run a stage without a manifest: what it makes is deleted soon, so nothing is hashed."""
     try:
         with pipeline.finishing(name):
-            STAGES[name].load()(Job(recipe, inputs, out))
+            STAGES[name].load()(Job(recipe, inputs, out, resolved=wanted.resolved.under(recipe)))
     except OSError as error:
         raise artifacts.unwritable(out, error) from error
 

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bipdeploy.data import text, windows
+from bipdeploy.data import sampling, text, windows
 from bipdeploy.errors import InputError
 from bipdeploy.recipe.recipe import Recipe
 
@@ -30,16 +30,22 @@ def calibration_batches(recipe: Recipe, model: Path,
                         max_positions: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Batches of windows [B, T] for a model's tokenizer, and their provenance.
 
-    The same recipe gives the same windows in every stage.
+    The same recipe gives the same windows in every stage. Of a text that is much larger than what
+    is asked for only parts are tokenised (see `sampling.parts`).
     """
     section = recipe.calibration
     if section.tokens > max_positions:
         raise InputError(f"calibration.tokens: {section.tokens} is longer than the model's maximum "
                          f"of {max_positions}; lower it")
-    source = text.read(section.data, calibration_split(recipe), section.field)
-    drawn = windows.draw(windows.token_ids(source, model), section.samples, section.tokens,
-                         recipe.seed)
+    source = text.read(section.data, calibration_split(recipe), section.field, "calibration")
+    for part in sampling.parts(source, section.samples * section.tokens, recipe.seed,
+                               section.tokens):
+        ids = windows.token_ids(part, model)
+        if len(ids) >= section.samples * section.tokens:
+            break
+    drawn = windows.draw(ids, section.samples, section.tokens, recipe.seed)
     provenance = {"data": source.name, "split": source.split, "text_sha256": source.sha256,
+                  "tokenised": sampling.described(source, part),
                   "windows": list(drawn.shape), "seed": recipe.seed,
                   "windows_sha256": hashlib.sha256(drawn.numpy().tobytes()).hexdigest()}
     return list(drawn.split(section.batch)), provenance

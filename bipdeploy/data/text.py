@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from bipdeploy.data import pydocs
+from bipdeploy.data import chat, columns, files, pydocs
+from bipdeploy.data.chat import Conversation
 from bipdeploy.errors import InputError, did_you_mean
-
-LOCAL_SUFFIXES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from bipdeploy.model.hub import cache_fault
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,16 @@ _C4_FILES = {"train": "01024", "validation": "00008"}
 
 @dataclass(frozen=True)
 class Text:
-    """A text that was read: its documents and where they came from."""
+    """A text that was read: its documents and where they came from.
+
+    Of `conversations` the documents are what was said, for comparing; `windows` has a model's chat
+    template write them.
+    """
 
     name: str
     split: str
     documents: tuple[str, ...]
+    conversations: tuple[Conversation, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -59,30 +63,51 @@ class Text:
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(document.encode() + b"\0")
+        if self.conversations:
+            digest.update(json.dumps(self.conversations).encode())
         return digest.hexdigest()
 
     def joined(self) -> str:
         """All documents as one text, blank lines between them."""
         return "\n\n".join(self.documents)
 
+    def sizes(self) -> list[int]:
+        """Characters of each document."""
+        return [len(document) for document in self.documents]
 
-def read(data: str, split: str, field: str = "text") -> Text:
-    """Read a text by name, file or hub set. `split` is calibration, validation or test.
+    def take(self, places: Iterable[int]) -> Text:
+        """Some of the documents, in the order of `places`."""
+        chosen = tuple(places)
+        return replace(self, documents=tuple(self.documents[p] for p in chosen),
+                       conversations=tuple(self.conversations[p] for p in chosen)
+                       if self.conversations else ())
+
+
+def read(data: str, split: str, field: str = "text", section: str = "") -> Text:
+    """Read a text by name, file or hub set. `split` is calibration, validation or test; `section`
+    is the recipe's, for messages.
 
     Raises InputError with one line where it cannot be had or holds no text.
     """
+    where = f"{section}." if section else ""
+    conversations: list[Conversation] = []
     if data.startswith("builtin:"):
         if data != "builtin:pydocs":
-            raise InputError(f"data: no built-in text {data!r}"
+            raise InputError(f"{where}data: no built-in text {data!r}"
                              f"{did_you_mean(data, ['builtin:pydocs'])}")
-        documents = pydocs.documents(_check_split(data, split, pydocs.SPLITS))
+        documents = pydocs.documents(_check_split(data, split, pydocs.SPLITS, where))
     elif data in HUB_SETS:
-        documents = _from_hub(data, split)
+        own = HUB_SETS[data].field
+        # Blank rows stay: the published perplexities join all rows by blank lines.
+        documents, conversations = columns.read(
+            _hub_table(data, split, where).column(own),
+            f"{where}data: {data}: column {own!r}", blanks=True)
     else:
-        documents = _from_file(Path(data).expanduser(), field)
+        documents, conversations = _from_file(data, field, where)
+    documents = documents or [chat.said(messages) for messages in conversations]
     if not any(document.strip() for document in documents):
-        raise InputError(f"data: {data!r} (split {split}) holds no text")
-    return Text(data, split, tuple(documents))
+        raise InputError(f"{where}data: {data!r} (split {split}) holds no text")
+    return Text(data, split, tuple(documents), tuple(conversations))
 
 
 @dataclass(frozen=True)
@@ -98,38 +123,57 @@ class Records:
         """Hash of the rows' content."""
         return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
 
+    def sizes(self) -> list[int]:
+        """Characters of each row."""
+        return [sum(map(len, row.values())) for row in self.rows]
 
-def records(data: str, split: str, columns: Sequence[str]) -> Records:
-    """Rows with these columns, all as text; an absent value is empty.
+    def take(self, places: Iterable[int]) -> Records:
+        """Some of the rows, in the order of `places`."""
+        return replace(self, rows=tuple(self.rows[place] for place in places))
 
-    Raises InputError with one line where they cannot be had, or a column is missing.
+
+def records(data: str, split: str, names: Sequence[str], section: str = "") -> Records:
+    """Rows with these columns, all of them text; an absent value is empty.
+
+    Raises InputError with one line where they cannot be had, a column is missing, or one holds
+    what is no text.
     """
+    where = f"{section}." if section else ""
     if is_running_text(data):
-        raise InputError(f"data: {data} has no columns {', '.join(columns)}; give a .jsonl or "
-                         ".parquet file that has, or alpaca")
-    table = (_hub_table(data, split) if data in HUB_SETS
-             else _file_table(Path(data).expanduser()))
-    missing = [name for name in columns if name not in table.column_names]
+        raise InputError(f"{where}data: {data} has no columns {', '.join(names)}; give a .jsonl "
+                         "or .parquet file that has, or alpaca")
+    table = (_hub_table(data, split, where) if data in HUB_SETS
+             else files.table(_require_file(data, where), where))
+    missing = [name for name in names if name not in table.names]
     if missing:
-        raise InputError(f"data: {data} has no column {missing[0]!r} (it has "
-                         f"{', '.join(table.column_names)}); {', '.join(columns)} are needed")
-    rows = tuple({name: "" if row[name] is None else str(row[name]) for name in columns}
-                 for row in table.select_columns(list(columns)))
+        raise InputError(f"{where}data: {data} has no column {missing[0]!r} (it has "
+                         f"{', '.join(table.names)}); {', '.join(names)} are needed"
+                         + _conversations_in(table.names, f"{where}format: text and {where}field"))
+    found = [columns.texts(table.column(name), f"{where}data: {data}: column {name!r}")
+             for name in names]
+    rows = tuple(dict(zip(names, row, strict=True)) for row in zip(*found, strict=True))
     if not rows:
-        raise InputError(f"data: {data!r} (split {split}) holds no rows")
+        raise InputError(f"{where}data: {data!r} (split {split}) holds no rows")
     return Records(data, split, rows)
 
 
 def is_running_text(data: str) -> bool:
     """Whether a text has no columns, by its name."""
-    return data.startswith("builtin:") or Path(data).suffix == ".txt"
+    return data.startswith("builtin:") or Path(data).suffix.lower() == ".txt"
 
 
 def fingerprint(data: str, split: str) -> str:
-    """What changes when the text does, without reading more than a local file."""
-    path = Path(data).expanduser()
+    """What changes when the text does, without reading more than a local file.
+
+    Raises InputError where the file cannot be read.
+    """
+    path = files.located(data)
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"data: {data!r} cannot be read: {error.strerror}") from error
     return f"{data}:{split}:python-{sys.version.split()[0]}"
 
 
@@ -141,70 +185,61 @@ def check(data: str) -> str | None:
         return f"no built-in text {data!r}{did_you_mean(data, ['builtin:pydocs'])}"
     if data in HUB_SETS:
         return None
-    path = Path(data).expanduser()
-    if path.suffix not in LOCAL_SUFFIXES:
+    path = files.located(data)
+    if path.suffix.lower() not in files.SUFFIXES:
         return (f"{data!r} is neither a .txt, .jsonl or .parquet file nor a known text"
                 f"{did_you_mean(data, [*HUB_SETS, 'builtin:pydocs'])}")
-    if not path.is_file():
-        return f"there is no file {data!r}"
-    return None if path.stat().st_size else f"{data!r} is empty"
+    return files.fault(path)
 
 
-def _check_split(data: str, split: str, known: tuple[str, ...]) -> str:
+def _check_split(data: str, split: str, known: tuple[str, ...], where: str) -> str:
     if split not in known:
-        raise InputError(f"split: {data} has no split {split!r}{did_you_mean(split, known)}")
+        raise InputError(f"{where}split: {data} has no split {split!r}"
+                         f"{did_you_mean(split, known)}")
     return split
 
 
-def _from_file(path: Path, field: str) -> list[str]:
-    fault = check(str(path))
-    if fault:
-        raise InputError(f"data: {fault}")
-    if path.suffix == ".txt":
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"data: {path} is not readable UTF-8 text: {error}") from error
-    rows = _file_table(path)
-    if field not in rows.column_names:
-        raise InputError(f"field: {path} has no column {field!r}"
-                         f"{did_you_mean(field, rows.column_names)}")
-    return [str(value) for value in rows[field] if value is not None and str(value).strip()]
+def _require_file(data: str, where: str) -> Path:
+    if fault := check(data):
+        raise InputError(f"{where}data: {fault}")
+    return files.located(data)
 
 
-def _file_table(path: Path) -> Any:
-    """The rows of a local file, as a `datasets.Dataset`."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    fault = check(str(path))
-    if fault:
-        raise InputError(f"data: {fault}")
-    try:
-        return load_dataset(LOCAL_SUFFIXES[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, OSError, ValueError, StopIteration) as error:
-        line = (str(error).strip() or "it has no rows").splitlines()[0]
-        raise InputError(f"data: {path} is not readable as {path.suffix[1:]}: {line}") from error
+def _from_file(data: str, field: str, where: str) -> tuple[list[str], list[Conversation]]:
+    path = _require_file(data, where)
+    if is_running_text(data):
+        return [files.running(path, where)], []
+    table = files.table(path, where)
+    if field not in table.names:
+        raise InputError(f"{where}field: {path} has no column {field!r}"
+                         f"{did_you_mean(field, table.names)}"
+                         + _conversations_in(table.names, f"{where}field"))
+    return columns.read(table.column(field), f"{where}field: {path}: column {field!r}")
 
 
-def _from_hub(name: str, split: str) -> list[str]:
-    # Blank rows stay: the published perplexities join all rows by blank lines.
-    return [str(value) for value in _hub_table(name, split)[HUB_SETS[name].field]]
+def _conversations_in(names: Sequence[str], setting: str) -> str:
+    """What to set where a column has a name that conversations have."""
+    usual = [name for name in chat.COLUMNS if name in names]
+    return f"; set {setting}: {usual[0]}" if usual else ""
 
 
-def _hub_table(name: str, split: str) -> Any:
-    """The rows of a hub set, as a `datasets.Dataset`."""
-    from datasets import load_dataset
+def _hub_table(name: str, split: str, where: str) -> files.Table:
+    from datasets import config, load_dataset
 
     hub = HUB_SETS[name]
-    theirs = hub.splits[_check_split(name, split, tuple(hub.splits))]
-    files = ({theirs: hub.files.format(split=theirs, count=_C4_FILES.get(theirs))}
+    theirs = hub.splits[_check_split(name, split, tuple(hub.splits), where)]
+    paths = ({theirs: hub.files.format(split=theirs, count=_C4_FILES.get(theirs))}
              if hub.files else None)
     part = theirs if hub.rows is None else f"{theirs}[:{hub.rows}]"
     try:
-        return load_dataset(hub.path, hub.config, data_files=files, split=part,
+        rows = load_dataset(hub.path, hub.config, data_files=paths, split=part,
                             revision=hub.revision)
     except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        full = cache_fault(error, str(config.HF_DATASETS_CACHE), "HF_DATASETS_CACHE")
+        if full:
+            raise InputError(full) from error
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"data: {name} ({hub.path}) could not be had from the hub: {line[:160]}; "
-                         "offline, use builtin:pydocs or a local .txt or .jsonl file") from error
+        raise InputError(f"{where}data: {name} ({hub.path}) could not be had from the hub: "
+                         f"{line[:160]}; offline, use builtin:pydocs or a local .txt or .jsonl "
+                         "file") from error
+    return files.Table(rows.column_names, lambda column: rows[column])

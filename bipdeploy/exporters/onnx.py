@@ -111,8 +111,8 @@ def in_genai(written: Path, question: Question, reference: Mapping[str, Any]) ->
     except ImportError:
         return routes.not_run("onnxruntime-genai is not installed")
     if question.dtype != "float32":
-        return routes.not_run(f"greedy tokens are compared in float32, this is "
-                                   f"{question.dtype}")
+        return routes.not_run("greedy tokens are compared in float32, this is "
+                              f"{question.dtype}")
     model = genai.Model(str(written))
     tokens = []
     for prompt in question.prompts:

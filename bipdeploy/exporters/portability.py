@@ -27,7 +27,6 @@ from bipdeploy.serving.engine import Engine
 
 PROMPT_TOKENS = (5, 9, 17, 33)  # lengths of the prompts, in turn
 
-
 # How far log-probabilities of one model may lie apart between engines (natural logarithm).
 TOLERANCE = {"float32": 0.005, "float16": 0.1, "bfloat16": 0.5}
 

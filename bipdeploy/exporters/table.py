@@ -7,6 +7,7 @@ the model it came from, and returns figures and a record.
 from __future__ import annotations
 
 from bipdeploy.errors import InputError
+from bipdeploy.ort import installed
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.table import Row, by_name
 
@@ -22,6 +23,6 @@ def _onnx(resolved: Resolved) -> None:
 # which a run is refused.
 EXPORTERS = by_name(
     Row("transformers", (), None, "bipdeploy.exporters.transformers:export"),
-    Row("onnx", ("onnx", "onnx_ir", "onnxruntime"), _onnx, "bipdeploy.exporters.onnx:export"),
+    Row("onnx", installed.PACKAGES, _onnx, "bipdeploy.exporters.onnx:export"),
     Row("vllm", (), None, "bipdeploy.exporters.vllm:export"),
 )

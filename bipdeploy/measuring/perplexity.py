@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from bipdeploy.errors import InputError
+from bipdeploy.errors import InputError, StageError
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def perplexity(forward: Forward, ids: torch.Tensor, window: int, batch: int,
 
     The sequence is cut into non-overlapping windows; each is read on its own, and its first token
     is context only. The rest that fills no window is left out. Raises InputError where not even
-    one window fits.
+    one window fits, StageError where the logits are NaN.
     """
     import torch
 
@@ -59,6 +59,9 @@ def perplexity(forward: Forward, ids: torch.Tensor, window: int, batch: int,
                 ignore_index=IGNORED, reduction="sum")
             total += float(loss)
             advance(len(windows))
+    if math.isnan(total):
+        raise StageError("perplexity is not a number: the model's type overflows; set model.dtype "
+                         "to float32 (export.onnx.dtype of a graph)")
     predicted = count * (window - 1)
     return Perplexity(total / predicted, predicted)
 

@@ -31,6 +31,7 @@ from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning import latency
 from bipdeploy.planning.latency import Curve, Phase, Table
+from bipdeploy.planning.resolved import Resolved
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.running import machine
 from bipdeploy.running.reporter import Reporter, Silent
@@ -40,6 +41,14 @@ STEPS = 8  # decode steps timed in each round
 ROUNDS, WARMUP = 7, 1
 _BYTES = 4 << 30  # of the blocks that are timed; far above any last-level cache
 _LEAST = 4  # blocks, however large
+
+
+def timed(resolved: Resolved, reporter: Reporter | None = None) -> Resolved:
+    """With the times that the target is about, from the cache or measured now."""
+    if not resolved.times or resolved.table:
+        return resolved
+    return resolved.measured(obtain(resolved.times, resolved.config, resolved.architecture,
+                                    resolved.recipe.model, reporter))
 
 
 def obtain(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
@@ -62,7 +71,7 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
         raise InputError(f"a context of {key['context']} tokens and {STEPS + 1} timed ones pass "
                          f"the model's maximum of {arch.max_positions}; lower the context")
     device = compute_device(section)
-    dtype = compute_dtype(section, dict(config), device)
+    dtype = compute_dtype(section, config, device)
     block = max(arch.blocks, key=lambda w: (w.kv_heads, w.intermediate))
     size = dtype.itemsize * arch.block_parameters(0, block)
     depth = min(len(arch.blocks), max(_LEAST, _BYTES // size))
@@ -172,7 +181,8 @@ class Stack:
             (Path(folder) / "config.json").write_text(json.dumps(made))
             config = loading.load_config(Path(folder))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype,
+                                                     trust_remote_code=False)
         model.load_state_dict({name: self._weight(name, p.shape)
                                for name, p in model.named_parameters()}, strict=False, assign=True)
         model.tie_weights()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bipdeploy.data import windows
-from bipdeploy.errors import InputError
+from bipdeploy.errors import InputError, StageError
 from bipdeploy.measuring import tasks
 from bipdeploy.measuring.tasks import Task
 from bipdeploy.model import loading
@@ -197,6 +197,9 @@ def _mean(values: Sequence[float]) -> float:
 def _answers(samples: Sequence[dict[str, Any]]) -> Answers:
     """From lm-eval's log of one task: an entry per document, in the task's order."""
     ordered = sorted(samples, key=lambda s: s["doc_id"])
+    if any(math.isnan(float(reply[0])) for s in ordered for reply in s["filtered_resps"]):
+        raise StageError("evaluate.zero_shot: log-likelihoods are not numbers: the model's type "
+                         "overflows; set model.dtype to float32")
     known = [m for m in ("acc", "acc_norm") if m in ordered[0]]
     # With acc_mutual_info every answer is asked about twice.
     twice = 2 if "acc_mutual_info" in ordered[0] else 1

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bipdeploy.errors import InputError
-from bipdeploy.model import tensor_file
+from bipdeploy.model import weights
 from bipdeploy.model.families import Architecture, architecture
 from bipdeploy.model.tensor_file import Entry, TensorFile
+from bipdeploy.model.weights import INDEX, SINGLE
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 SHARD_BYTES = 2 << 30
 
-# What makes a checkpoint usable besides config and weights; copied where it exists.
+# What makes a checkpoint usable besides config and weights, and what must go with it: patterns of
+# names, copied where they exist. A licence is spelled in many ways.
+_LEGAL = tuple(form(f"*{word}*") for word in ("license", "licence", "notice",
+                                               "use_policy", "copying")
+               for form in (str.lower, str.title, str.upper))
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-              "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja",
-              "generation_config.json")
+              "vocab.txt", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+              "tekken.json", "*.model", "*.model.v[0-9]*", "*.tiktoken", "chat_template.jinja",
+              "chat_template.json", "additional_chat_templates/*.jinja", "generation_config.json",
+              "LICENSES/*", *_LEGAL)
 
 
 class Checkpoint:
@@ -41,53 +46,21 @@ class Checkpoint:
         """`config`: what its config.json says, where that was read before."""
         self.folder = Path(folder)
         self.config = dict(config) if config is not None else read_config(self.folder)
-        self.entries = self._entries()
+        self.entries = weights.entries(self.folder, self.config)
 
     @cached_property
     def architecture(self) -> Architecture:
         """The sizes that its config states. Raises InputError as `families.architecture`."""
         return architecture(self.config)
 
-    def _entries(self) -> dict[str, Entry]:
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                named = {str(k): str(v) for k, v in
-                         dict(json.loads(index.read_text())["weight_map"]).items()}
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{index} is damaged ({type(error).__name__}: {error}); copy it "
-                                 "again") from error
-            files = sorted(set(named.values()))
-            missing = [file for file in files if not (self.folder / file).is_file()]
-            if missing:
-                raise InputError(f"{self.folder}: shard {missing[0]} is missing "
-                                 f"({len(missing)} of {len(files)}); copy it again")
-            found = {file: tensor_file.entries(self.folder / file) for file in files}
-            for tensor, file in named.items():
-                if tensor not in found[file]:
-                    raise InputError(f"{self.folder / file} lacks tensor {tensor}, which {INDEX} "
-                                     "places there; copy it again")
-            return {tensor: found[file][tensor] for tensor, file in named.items()}
-        single = self.folder / SINGLE
-        if not single.is_file():
-            pickled = sorted(p.name for p in self.folder.glob("*.bin"))
-            if pickled:
-                raise InputError(f"{self.folder} has only pickled weights ({pickled[0]}), which "
-                                 "are not opened; save the model as safetensors first")
-            raise InputError(f"{self.folder} has no {SINGLE}")
-        return tensor_file.entries(single)
-
     def verify(self) -> None:
-        """Compare every tensor's shape with what `config.json` asks for. Reads no weights.
+        """Compare every tensor with what `config.json` asks for. Reads no weights.
 
-        Raises InputError naming the tensor that is missing or of another shape.
+        Raises InputError naming the tensor that is missing, of another shape, or quantised.
         """
         for name, shape in self.architecture.tensors():
-            found = self.entry(name)
-            if found.shape != shape:
-                raise InputError(f"{found.path}: tensor {name} is {_times(found.shape)}, and by "
-                                 f"config.json it is {_times(shape)}; they belong to different "
-                                 "models, copy both again")
+            if fault := weights.fault(name, self.entry(name), shape):
+                raise InputError(fault)
 
     def entry(self, name: str) -> Entry:
         """Where a tensor is. Raises InputError for an absent one."""
@@ -114,10 +87,6 @@ class Checkpoint:
     def outside_blocks(self) -> list[str]:
         """Names of the tensors that belong to no block: embeddings, final norm, head."""
         return [n for n in self.entries if not n.startswith("model.layers.")]
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def require_finite(tensors: Mapping[str, torch.Tensor], folder: Path, prefix: str = "") -> None:
@@ -218,8 +187,30 @@ class CheckpointWriter:
         (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 
 
+def companions(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that `COMPANIONS` names, and the code of its tokenizer."""
+    patterns = [*COMPANIONS, *(["*.py"] if tokenizer_code(folder) else [])]
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))
+             if path.is_file() and not path.name.startswith("modeling_")]
+    return list(dict.fromkeys(found))
+
+
+def tokenizer_code(folder: Path) -> str | None:
+    """The class that a folder's tokenizer is of where that is code of its own, such as
+    `tokenization_x.XTokenizer`; None where it is one of the library's."""
+    try:
+        stated = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        named = stated.get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with it is said where the tokenizer is loaded
+    classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    listed = classes if isinstance(classes, list) else [classes]
+    return next((str(name) for name in listed if name), None)
+
+
 def write_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer and generation settings from one checkpoint folder to another."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copy tokenizer, generation settings and licence from one checkpoint folder to another."""
+    for path in companions(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)

@@ -7,8 +7,10 @@ same projection names, add a line to `FAMILIES`.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bipdeploy.errors import InputError, did_you_mean
@@ -60,8 +62,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
     stated = str(config.get("model_type", ""))
     name = stated.removeprefix(PER_BLOCK_PREFIX)
     if name not in FAMILIES:
-        raise InputError(f"model_type {stated!r} has no family{did_you_mean(name, FAMILIES)}")
+        hint = (f" (known: {', '.join(sorted(FAMILIES))})" if _is_another(name)
+                else did_you_mean(name, FAMILIES))
+        raise InputError(f"model_type {stated!r} has no family{hint}")
     return FAMILIES[name]
+
+
+def _is_another(name: str) -> bool:
+    """Whether transformers has such a model type, so that it is no slip of the pen: mixtral is not
+    meant to be mistral."""
+    package = importlib.util.find_spec("transformers")
+    places = package.submodule_search_locations if package else None
+    return bool(name) and any((Path(place) / "models" / name).is_dir() for place in places or ())
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,38 @@ def size_figures(dense: Architecture, pruned: Architecture) -> dict[str, float]:
                        pruned.kv_bytes_per_token())}
 
 
+# How weights may be quantised that can be read whole all the same; see `plain.py`.
+DEQUANTIZED = ("fp8", "compressed-tensors")
+# Sizes that are counted with, where they are stated.
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings")
+
+
+def _require_plain(config: Mapping[str, Any]) -> None:
+    """Raise InputError for sizes that are no numbers, that do not fit, or that are quantised."""
+    stated = config.get("quantization_config")
+    if stated:
+        method = stated.get("quant_method") if isinstance(stated, Mapping) else stated
+        fix = ("set model.dequantize: true to prune them as bfloat16, or " if method in DEQUANTIZED
+               else "")
+        raise InputError(f"config.json: quantization_config: the weights are quantised ({method}), "
+                         f"and whole ones are what is pruned; {fix}give the model that it was made "
+                         "from")
+    blocks = config.get("per_layer_config") or {}
+    if not isinstance(blocks, Mapping):
+        raise InputError(f"config.json: per_layer_config: {blocks!r} is no mapping of blocks")
+    for own in (config, *blocks.values()):
+        for name in _SIZES:
+            value = own.get(name)
+            if value is not None and (type(value) is not int or value <= 0):
+                raise InputError(f"config.json: {name}: {value!r} is no whole number above 0; "
+                                 "correct it")
+        heads, kv = own.get("num_attention_heads"), own.get("num_key_value_heads")
+        if heads and kv and heads % kv:
+            raise InputError(f"config.json: {heads} query heads are no multiple of {kv} KV heads; "
+                             "correct num_attention_heads or num_key_value_heads")
+
+
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """Read the sizes from a `config.json`, stock or per-block (`per_layer_config`).
 
@@ -185,6 +229,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
                            "intermediate_size", "vocab_size") if config.get(k) is None]
     if missing:
         raise InputError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}")
+    _require_plain(config)
     heads = config["num_attention_heads"]
     overrides = {int(i): v for i, v in (config.get("per_layer_config") or {}).items()}
     blocks = []

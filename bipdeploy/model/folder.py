@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.checkpoint import Checkpoint, write_companions
 from bipdeploy.model.formats import CODE_FILE
+from bipdeploy.running.artifacts import link_or_copy
 
 
 def copy_checkpoint(source: Checkpoint, out: Path) -> None:
@@ -16,12 +16,10 @@ def copy_checkpoint(source: Checkpoint, out: Path) -> None:
     out.mkdir(parents=True)
     for path in sorted(source.folder.iterdir()):
         if path.suffix == ".safetensors":
-            try:
-                os.link(path, out / path.name)
-            except OSError:
-                shutil.copyfile(path, out / path.name)
+            link_or_copy(path, out / path.name)
         elif path.is_file():
             shutil.copyfile(path, out / path.name)
+    write_companions(source.folder, out)  # those in folders of their own
 
 
 def add_code(out: Path) -> None:

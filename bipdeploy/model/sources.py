@@ -6,27 +6,57 @@ Imports no torch; `fingerprint` lets a stage be reused without reading gigabytes
 from __future__ import annotations
 
 import hashlib
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bipdeploy.errors import InputError, did_you_mean
+from bipdeploy.model import gguf, hub, plain
 from bipdeploy.model.checkpoint import read_config
 from bipdeploy.recipe.model import ModelSection
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
 BUILTIN_MODELS = ("pico",)
 _WHOLE_HASH_BYTES = 64 << 20
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What repositories hold besides, and nobody here reads.
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
+_OTHER_FOLDERS = {"original", "onnx"}
+_running_code: set[Path] = set()
+
+
+def dense_folder(section: ModelSection) -> Path:
+    """The local folder of a recipe's dense model. Raises as `model_folder`."""
+    return model_folder(section.id, section.revision, code=section.trust_remote_code,
+                        dequantize=section.dequantize)
 
 
 def model_folder(model: str, revision: str | None = None, *, code: bool = False,
-                 weights: bool = True) -> Path:
-    """The local folder of a model, downloaded from the hub where needed.
+                 weights: bool = True, dequantize: bool = False) -> Path:
+    """The local folder of a model, downloaded from the hub where needed; of a GGUF file and of what
+    is no plain checkpoint, the one that it is written out as. `dequantize`: quantised ones too.
 
-    `code`: fetch the checkpoint's Python files too (only with `trust_remote_code`). Without
+    `code`: what the recipe's `trust_remote_code` says. With it the checkpoint's Python files are
+    fetched too, and `runs_code` is true of the folder until that is asked for without. Without
     `weights` only `config.json` is fetched.
     Raises InputError with one line that says what was looked for and what to do.
     """
+    folder = _find(model, revision, code=code, weights=weights)
+    if weights and not model.startswith("builtin:") and (folder / "config.json").is_file():
+        folder = plain.written(folder, read_config(folder), partial(fingerprint, folder),
+                               dequantize=dequantize)
+    if weights:
+        (_running_code.add if code else _running_code.discard)(folder.resolve())
+    return folder
+
+
+def runs_code(folder: Path) -> bool:
+    """Whether the code in a model's folder may be run: whether the recipe that this process found
+    the folder for says so. A text is cut into tokens far from where a recipe is known."""
+    return folder.resolve() in _running_code
+
+
+def _find(model: str, revision: str | None, *, code: bool, weights: bool) -> Path:
     if model.startswith("builtin:"):
         name = model.removeprefix("builtin:")
         if name not in BUILTIN_MODELS:
@@ -38,13 +68,15 @@ def model_folder(model: str, revision: str | None = None, *, code: bool = False,
         # What a prune or recover stage wrote has `model` inside, an export stage `transformers`.
         places = [path, path / "model", path / "transformers"]
         return next((p for p in places if (p / "config.json").exists()), path)
+    if gguf.is_gguf(path):
+        return gguf.converted(path)
     if path.exists():
-        raise InputError(f"model.id: {model!r} is a file; give the folder that holds config.json")
+        raise InputError(f"model.id: {model!r} is a file; give the folder that holds config.json, "
+                         "or a .gguf file")
     if not is_hub_id(model):
         raise InputError(f"model.id: there is no folder {model!r}; give a model folder, a hub id "
                          "such as org/name, or builtin:pico")
-    patterns = [*_DOWNLOADED, "*.py"] if code else _DOWNLOADED
-    return _download(model, revision, patterns if weights else ["config.json"])
+    return hub.fetch(model, revision, code=code, weights=weights)
 
 
 def is_local(model: str) -> bool:
@@ -58,13 +90,33 @@ def config_of(section: ModelSection) -> tuple[dict[str, Any], Path | None]:
     Where the hub does not give the config, the recipe's `model.shape` stands in for it, and there
     is no folder. Raises InputError where there is no shape either.
     """
+    path = Path(section.id).expanduser()
+    if gguf.is_gguf(path):  # it is written out later
+        return gguf.config(path), None
     try:
         folder = model_folder(section.id, section.revision, weights=False)
     except InputError:
-        if section.shape is None or not is_hub_id(section.id):
+        if section.shape is None or not is_hub_id(section.id) or path.exists():
             raise
         return section.shape.config, None
-    return read_config(folder), folder
+    config = read_config(folder)
+    return (plain.plain_config(config) if section.dequantize and plain.method(config)
+            else config), folder
+
+
+def provenance(folder: Path) -> str | None:
+    """What a model's folder was made from, in words, where it was written out of another form."""
+    try:
+        made = json.loads((folder / plain.SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if "gguf" in made:
+        own = made["gguf"]
+        return (f"the dense model is {own['file']}, quantised ({own['file_type']}, "
+                f"{own['quantized_tensors']} tensors) and dequantised")
+    if "dequantized" in made:
+        return f"the dense model was quantised ({made['dequantized']['method']}) and is dequantised"
+    return None
 
 
 def is_hub_id(model: str) -> bool:
@@ -72,50 +124,17 @@ def is_hub_id(model: str) -> bool:
     return not model.startswith(("builtin:", ".", "/", "~")) and model.count("/") == 1
 
 
-def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise InputError(f"model.id: {model} asks for its licence to be accepted on the hub; do "
-                         "that, then log in with `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"model.revision: {model} has no revision {revision!r}") from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"model.id: {model} is neither a local folder nor in the hub cache, and "
-                         "the hub cannot be reached; use a local folder or builtin:pico") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"model.id: the hub has no model {model}, or it is private; check the id "
-                         "or log in with `hf auth login`") from error
-    except (HfHubHTTPError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"model.id: {model} could not be downloaded: {line}") from error
-    if "*.safetensors" in patterns and not any(folder.glob("*.safetensors")):
-        raise InputError(f"model.id: {model} has no safetensors here: its repository has none, or "
-                         "only its config.json is in the hub cache and the hub cannot be reached; "
-                         "go online once, or give a folder that holds them")
-    return folder
-
-
 def fingerprint(folder: Path) -> str:
-    """A hash that changes when the model does.
+    """A hash that changes when the model does: all that is read or copied, code and templates too.
 
     Small files are hashed whole; of a large one the name, size, time and first MiB (which
-    holds the safetensors header) are.
+    holds the safetensors header) are. Weights in other formats, and what is hidden, are left out.
     """
     digest = hashlib.sha256()
     read_config(folder)  # one clear line where this is no model folder
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder)):
         size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
         with path.open("rb") as file:
             if size > _WHOLE_HASH_BYTES:
                 digest.update(str(path.stat().st_mtime_ns).encode())
@@ -123,3 +142,9 @@ def fingerprint(folder: Path) -> str:
             else:
                 digest.update(file.read())
     return digest.hexdigest()
+
+
+def _counts(path: Path, folder: Path) -> bool:
+    parts = path.relative_to(folder).parts
+    return (path.suffix not in _OTHER_WEIGHTS and parts[0] not in _OTHER_FOLDERS
+            and not any(part.startswith((".", "__pycache__")) for part in parts))

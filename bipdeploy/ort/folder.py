@@ -8,6 +8,7 @@ share `model.onnx.data`. `genai_config.json` makes the folder one of onnxruntime
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -15,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.errors import InputError
-from bipdeploy.model.checkpoint import COMPANIONS, Checkpoint, write_companions
+from bipdeploy.model.checkpoint import Checkpoint, write_companions
 from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.model.formats import CODE_FILE
+from bipdeploy.model.loading import generation_settings
 from bipdeploy.ort.installed import require
 from bipdeploy.running.artifacts import sha256, write_json
 
 MODEL, LAST, DATA = "model.onnx", "model_last.onnx", "model.onnx.data"
 RECORD, GENAI = "bipdeploy.json", "genai_config.json"
-# What a quantised folder takes over from the one it is made from.
-CARRIED = ("config.json", GENAI, CODE_FILE, *COMPANIONS)
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,9 @@ def verify(folder: Path | str) -> Contents:
 def genai_config(source: Checkpoint, arch: Architecture, style: str, dtype: str) -> dict[str, Any]:
     """`genai_config.json` for a folder. Its layers are the blocks that have a cache; how many KV
     heads each has onnxruntime-genai sees in the graph. 16-bit folders ask for CUDA."""
-    path = source.folder / "generation_config.json"
-    try:
-        stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    settings = {**source.config, **{k: v for k, v in stated.items() if v is not None}}
-    tokens = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-              if settings.get(name) is not None}
+    stated = generation_settings(source.folder)
+    tokens = {name: stated[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+              if name in stated}
     cached = [w for w in arch.blocks if w.heads]
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai",
@@ -144,11 +139,26 @@ def genai_config(source: Checkpoint, arch: Architecture, style: str, dtype: str)
                     "present_value_names": "present.%d.value"}}
     return {"model": {"type": arch.family.model_type, "vocab_size": arch.vocabulary,
                       "context_length": arch.max_positions, **tokens, "decoder": decoder},
-            "search": {"do_sample": bool(stated.get("do_sample", False)),
-                       "temperature": stated.get("temperature") or 1.0,
-                       "top_k": stated.get("top_k") or 50, "top_p": stated.get("top_p") or 1.0,
+            "search": {"do_sample": stated.get("do_sample") is True,
+                       "temperature": _within(stated.get("temperature"), 1.0),
+                       "top_k": int(_within(stated.get("top_k"), 50)),
+                       "top_p": _within(stated.get("top_p"), 1.0, most=1.0),
                        "max_length": arch.max_positions,
                        "past_present_share_buffer": style == "gqa"}}
+
+
+def _within(value: Any, usual: float, most: float = math.inf) -> float:
+    """A setting above 0 and up to `most`; the usual one where it is no such number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and 0 < value <= most and value < math.inf else usual
+
+
+def carry(source: Path, out: Path) -> None:
+    """Give an ONNX folder what describes it, from the one whose weights it quantises."""
+    for name in ("config.json", GENAI, CODE_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    write_companions(source, out)
 
 
 def onnx_folders(export: Path | None) -> dict[str, Path]:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,9 +51,7 @@ def quantize(source: Path, out: Path, kind: str) -> None:
     with tempfile.TemporaryDirectory(dir=out) as place, _quiet():
         model = KINDS[kind](ir.load(source / MODEL), contents, source, Path(place))
         ir.save(model, out / MODEL, external_data=DATA)
-    for name in onnx_folder.CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    onnx_folder.carry(source, out)
     onnx_folder.finish(out, replace(contents, quantized=kind))
 
 

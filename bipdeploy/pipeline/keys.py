@@ -21,10 +21,8 @@ WHERE = {"spill", "checkpoint_every", "shape", "gpu"}
 
 def stage_keys(resolved: Resolved) -> dict[str, str]:
     """The key of every stage, and that of the dense model."""
-    assert resolved.folder is not None
     table = resolved.table
-    keys = {"dense": sources.fingerprint(resolved.folder),
-            "profile": table.digest if table else ""}
+    keys = {"dense": sources.fingerprint(resolved.dense), "profile": table.digest if table else ""}
     for name in STAGES:
         keys[name] = stage_key(name, resolved.recipe, keys)
     return keys
@@ -78,3 +76,10 @@ def plain(value: Any, without: set[str] | None = None) -> Any:
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return value
+
+
+def local_texts(recipe: Recipe) -> list[Path]:
+    """The files here that a run reads as text."""
+    named = (recipe.calibration.data, recipe.evaluate.perplexity.data, recipe.lora.data)
+    return [path for path in (Path(data).expanduser() for data in dict.fromkeys(named))
+            if path.is_file()]

@@ -5,7 +5,6 @@ Imports no torch: a run in which every stage is reused never loads it.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import textwrap
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.errors import BipdeployError, InputError, StageError, did_you_mean, says_no_memory
-from bipdeploy.model import sources
+from bipdeploy.model import agreement, sources
 from bipdeploy.model.families import BlockWidths
-from bipdeploy.pipeline.keys import intact, plain, stage_keys
+from bipdeploy.pipeline.keys import intact, local_texts, plain, stage_keys
 from bipdeploy.pipeline.preflight import refuse
 from bipdeploy.planning import footprint
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved, resolve, resolved_at
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.running import artifacts, machine
+from bipdeploy.running import artifacts, machine, places
 from bipdeploy.running.reporter import Reporter, Silent
-from bipdeploy.stages.table import STAGES, inputs_of
+from bipdeploy.stages.table import STAGES, Stage, inputs_of
 
 # Opens the reporter of a stage; the command line shows a progress bar.
 Reporting = Callable[[str], AbstractContextManager[Reporter]]
@@ -40,16 +39,25 @@ class RunResult:
     folder: Path
     ran: list[str] = field(default_factory=list)
     reused: list[str] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The stages' folders. Raises StageError where another run has replaced one since."""
+        found = {name: self.folder / name for name in self.stages}
+        for name, folder in found.items():
+            artifacts.require_key(folder, self.keys[name])
+        return found
 
     @property
     def figures(self) -> dict[str, float]:
-        return artifacts.figures([self.folder / name for name in self.stages])
+        return artifacts.figures(list(self.folders.values()))
 
     @property
     def failed_gates(self) -> list[dict[str, Any]]:
         if "gate" not in self.stages:
             return []
-        gates = artifacts.read_json(self.folder / "gate" / "gates.json")["gates"]
+        gates = artifacts.read_json(self.folders["gate"] / "gates.json")["gates"]
         return [gate for gate in gates if not gate["passed"]]
 
     @property
@@ -73,34 +81,48 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     resolved = fetched(resolved)
     folder = runs / recipe.name
     _writable(folder)
-    resolved = timed(resolved, reporting)
-    keys = stage_keys(resolved)
-    due = _due(names, folder, keys, force, start)
-    footprint.require_space(resolved, resolved.uniform, due, folder)
-    for name in due[1:]:  # the first says it itself, at once
-        STAGES[name].rehearse(resolved)
-    result = RunResult(folder)
-    for name in names:
-        if name not in due:
-            result.reused.append(name)
-            continue
-        with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
-            run_stage(name, recipe, inputs_of(name, folder, resolved.folder),
-                      folder / name, keys[name], reporter, resolved)
-        result.ran.append(name)
-        _write_run_manifest(resolved, folder, keys)
+    with places.alone(folder, "--runs"):
+        resolved = timed(resolved, reporting)
+        keys = stage_keys(resolved)
+        due = _due(names, folder, keys, force, start)
+        _require_places(resolved, folder, due)
+        footprint.require_space(resolved, resolved.uniform, due, folder)
+        for name in due[1:]:  # the first says it itself, at once
+            STAGES[name].rehearse(resolved)
+        result = RunResult(folder, keys=keys)
+        for name in names:
+            if name not in due:
+                result.reused.append(name)
+                continue
+            with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
+                inputs = inputs_of(name, folder, resolved.dense)
+                run_stage(name, recipe, inputs, folder / name, keys[name], reporter, resolved,
+                          {inputs[made]: keys[made] for made in inputs if made in STAGES})
+            result.ran.append(name)
+            _write_run_manifest(resolved, folder, keys)
     return result
+
+
+def _require_places(resolved: Resolved, folder: Path, due: Sequence[str]) -> None:
+    """Refuse to replace what no earlier run made, or what this one reads. Raises InputError."""
+    stages = (artifacts.read_manifest(folder) or {}).get("stages")
+    if (folder / artifacts.MANIFEST).is_file() and stages is None:
+        raise InputError(f"{folder / artifacts.MANIFEST} was not written by bipdeploy; give "
+                         "another folder with --runs, or the recipe another name")
+    read = [resolved.dense, *local_texts(resolved.recipe)]
+    for name in due:
+        places.require_place(folder / name, name, read, option="--runs",
+                             known=(stages or {}).get(name, {}).get("sha256", {}))
 
 
 def fetched(resolved: Resolved) -> Resolved:
     """With all of the model here, and its weights as its config says. Raises InputError."""
     recipe = resolved.recipe
-    folder = sources.model_folder(recipe.model.id, recipe.model.revision,
-                                  code=recipe.model.trust_remote_code)
-    if resolved.folder is None:  # the recipe's shape stood in for the config
+    folder = sources.dense_folder(recipe.model)
+    if folder != resolved.folder:  # the recipe's shape stood in, or the hub has another by now
         resolved = resolved_at(recipe, folder)
         refuse(resolved)
-    resolved.checkpoint.verify()
+    agreement.require(resolved.checkpoint)
     return resolved
 
 
@@ -108,12 +130,11 @@ def timed(resolved: Resolved, reporting: Reporting | None = None) -> Resolved:
     """With the times that the target needs, measured now where no earlier run did. Raises
     InputError where the target cannot be met."""
     if resolved.times and not resolved.table:
+        from bipdeploy.measuring import profile
+
         with (reporting("profile") if reporting else nullcontext(Silent())) as reporter, (
                 finishing("profile")):
-            profile = importlib.import_module("bipdeploy.measuring.profile")
-            resolved = resolved.measured(profile.obtain(
-                resolved.times, resolved.config, resolved.architecture, resolved.recipe.model,
-                reporter))
+            resolved = profile.timed(resolved, reporter)
     _ = resolved.uniform
     return resolved
 
@@ -163,12 +184,21 @@ def _selection(start: str | None, until: str | None) -> list[str]:
 
 
 def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, key: str,
-              reporter: Reporter, resolved: Resolved | None = None) -> None:
-    """Run one stage into `out`: written whole, with its manifest, or not at all."""
+              reporter: Reporter, resolved: Resolved | None = None,
+              made: Mapping[Path, str] | None = None) -> None:
+    """Run one stage into `out`: written whole, with its manifest, or not at all.
+
+    `made`: the keys that folders of earlier stages have to have, before and after. Raises
+    StageError where one has not: what was read is then of two runs.
+    """
     memory, began = machine.PeakMemory(), time.time()
     with artifacts.writing(out) as partial:
+        for folder, own in (made or {}).items():
+            artifacts.require_key(folder, own)
         with finishing(name):
             STAGES[name].load()(Job(recipe, dict(inputs), partial, reporter, resolved))
+        for folder, own in (made or {}).items():
+            artifacts.require_key(folder, own)
         artifacts.write_json(partial / artifacts.MANIFEST, {
             "stage": name, "key": key, "seed": recipe.seed,
             "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
@@ -203,9 +233,9 @@ def finishing(name: str) -> Iterator[None]:
 
 
 def _out_of_memory(name: str) -> StageError:
-    advice = (STAGES[name].smaller if name in STAGES
-              else "lower the batch or the context that are asked for")
-    return StageError(f"stage {name} ran out of memory; {advice}")
+    advice = {"profile": "lower the batch or the context that are asked for",
+              **{stage: row.smaller for stage, row in STAGES.items()}}
+    return StageError(f"stage {name} ran out of memory; {advice.get(name, Stage.smaller)}")
 
 
 def _writable(folder: Path) -> None:
@@ -227,5 +257,5 @@ def _write_run_manifest(resolved: Resolved, folder: Path, keys: Mapping[str, str
             stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
                                                      "peak_memory_bytes", "notes", "sha256")}
     artifacts.write_json(folder / artifacts.MANIFEST, {
-        "recipe": plain(resolved.recipe), "model": str(resolved.folder),
+        "recipe": plain(resolved.recipe), "model": str(resolved.dense),
         "environment": machine.environment(), "stages": stages})

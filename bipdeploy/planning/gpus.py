@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bipdeploy.recipe.names import gpu_name
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -27,8 +25,3 @@ GPUS = {gpu.name: gpu for gpu in (
     Gpu("RTX 4090", 24e9, 1.008e12, 165.2e12,
         "NVIDIA Ada GPU Architecture whitepaper, RTX 4090, FP32 accumulate"),
 )}
-
-
-def find(name: str) -> Gpu:
-    """The GPU of a name, whatever its case. Raises ValueError that says what is known."""
-    return GPUS[gpu_name(name)]

@@ -87,7 +87,7 @@ def make(resolved: Resolved, made: Sequence[BlockWidths] | None, folder: Path) -
     if known != "run" and target and target.section.timed and not target.table:
         known = "unmeasured"
     after = resolved.exported(pruned)
-    gpu = gpus.find(recipe.hardware.gpu) if recipe.hardware.gpu else None
+    gpu = gpus.GPUS[recipe.hardware.gpu] if recipe.hardware.gpu else None
     sized = footprint.sizes(resolved, after)
     bench = recipe.bench.torch
     context = bench.prompt_tokens + bench.new_tokens
@@ -104,7 +104,7 @@ def make(resolved: Resolved, made: Sequence[BlockWidths] | None, folder: Path) -
         tuple(_verdicts(arch, possible, resolved.parallel, certain=known in ("exact", "run"))),
         recipe.prune.depth.model_dump(),
         target=target.record(pruned) if target else None,
-        source="config" if resolved.folder else "shape",
+        source="shape" if resolved.folder is None and recipe.model.shape else "config",
         batch=bench.batch, context=context, costs=costs,
         speedups={"memory_bound": _gain(costs["decode_bytes_read"]),
                   "compute_bound": _gain(costs["prefill_flops_per_token"])},

@@ -48,11 +48,16 @@ class Resolved:
         """Whether widths depend on scores."""
         return self.recipe.prune.layers != "uniform" or self.recipe.prune.depth.any
 
+    @property
+    def dense(self) -> Path:
+        """The model's folder, which is here once a run has begun."""
+        assert self.folder is not None
+        return self.folder
+
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The dense weights, opened once."""
-        assert self.folder is not None
-        return Checkpoint(self.folder, self.config)
+        return Checkpoint(self.dense, self.config)
 
     @cached_property
     def target(self) -> Target | None:
@@ -93,18 +98,23 @@ class Resolved:
         """The same under another recipe; read again where that names another model."""
         if recipe.model != self.recipe.model:
             return resolve(recipe)
-        return _resolved(recipe, self.config, self.folder, self.architecture)
+        return self._keeping(_resolved(recipe, self.config, self.folder, self.architecture))
 
     def measured(self, table: latency.Table) -> Resolved:
         """The same with the times that the budget is about."""
-        return replace(self, table=table)
+        return self._keeping(replace(self, table=table))
+
+    def _keeping(self, other: Resolved) -> Resolved:
+        """Another of the same model, with the weights as they were opened."""
+        if "checkpoint" in self.__dict__:
+            other.__dict__["checkpoint"] = self.checkpoint
+        return other
 
 
 def resolve(recipe: Recipe) -> Resolved:
     """A recipe with its model's sizes, without the weights. Raises InputError where the config
     cannot be had, and the recipe states no shape, or it is of no known family."""
-    config, folder = sources.config_of(recipe.model)
-    return _resolved(recipe, config, folder, architecture(config))
+    return of_config(recipe, *sources.config_of(recipe.model))
 
 
 def resolved_at(recipe: Recipe, folder: Path) -> Resolved:

@@ -77,7 +77,7 @@ def find(recipe: Recipe, config: Mapping[str, Any], arch: Architecture,
     if limit >= dense:
         raise InputError(f"prune.target.memory: {asked.asked:.0f} bytes is no less than the dense "
                          f"model's {dense:.0f}, so nothing is to be pruned; lower it")
-    return Target(asked, spent, limit, dense, unit, table if asked.timed else None)
+    return Target(asked, spent, limit, dense, unit, table)
 
 
 Spent = tuple[Cost, str]  # what widths cost, and in what unit
@@ -127,12 +127,16 @@ def prefill(recipe: Recipe, config: Mapping[str, Any], arch: Architecture,
     return replace(cost.flops(arch, asked.tokens), rest=cost.head_flops(arch, 1)), "FLOPs"
 
 
+def _without_dtype(resolved: Any) -> None:
+    _stored(resolved.config)
+
+
 # Names are the fields of the recipe's `prune.target`; `needs`: `dtype` in config.json, or `times`
 # measured on this machine. A function gives what widths cost.
 TARGETS = by_name(
     Row("parameters", (), None, "bipdeploy.planning.targets:parameters"),
     Row("flops", (), None, "bipdeploy.planning.targets:flops"),
-    Row("memory", ("dtype",), None, "bipdeploy.planning.targets:memory"),
+    Row("memory", ("dtype",), _without_dtype, "bipdeploy.planning.targets:memory"),
     Row("decode_speedup", ("times",), None, "bipdeploy.planning.targets:decode"),
     Row("prefill_speedup", ("times",), None, "bipdeploy.planning.targets:prefill"),
 )

@@ -205,7 +205,7 @@ def part_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: i
     """The widths that a part ("heads", in KV heads, or "ffn", in channels) of a block may have,
     ascending; just the dense one where it is not pruned. Raises InputError as `uniform_widths`."""
     choices = _choices(arch, section, tensor_parallel)
-    if section.ratio is not None:  # targets.py refuses what is too much of another budget
+    if section.ratio is not None:  # planning/targets.py refuses what is too much of another budget
         _budget(arch, arch, section, choices)
 
     def widths(block: int, part: str) -> list[int]:

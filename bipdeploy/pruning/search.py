@@ -22,6 +22,7 @@ from bipdeploy.model.activations import Batches, Keep, replace
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.cost import Cost, parameters
 from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.pruning import finite
 from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.allocation import keep as best
 from bipdeploy.pruning.refit import RidgeProblem
@@ -102,6 +103,7 @@ def measure(walker: BlockWalker, windows: list[torch.Tensor], scores: Sequence[B
             totals[variant] += divergence(head(hidden[number]).float().log_softmax(-1), expected)
     tokens = sum(batch.numel() for batch in windows)
     for (curve, _), total in zip(carried, totals, strict=True):  # in the order of their widths
+        finite.require(f"divergences of block {curve.block}'s {curve.part}", [total], walker.dtype)
         curve.divergences.append(total / tokens)
     return curves
 

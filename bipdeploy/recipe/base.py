@@ -21,8 +21,12 @@ class TextSection(Section):
 
     data: str = Field(
         "builtin:pydocs", description="`builtin:pydocs` (Python's reference text, on every "
-        "machine), a .txt, .jsonl or .parquet file, or one of wikitext2, ptb, c4, alpaca (hub).")
+        "machine), a .txt, .jsonl or .parquet file in UTF-8, or one of wikitext2, ptb, c4, alpaca "
+        "(hub). Of a text that is much larger than what is asked for, parts are drawn by `seed`.")
     split: str | None = Field(
         None, description="Split of a built-in or hub text. Default: calibration text takes "
         "`calibration` or `train`, test text `test` or `validation`.")
-    field: str = Field("text", description="The column that holds the text, for jsonl and parquet.")
+    field: str = Field(
+        "text", description="The column that holds the text, for jsonl and parquet. One of "
+        "conversations, lists of {role, content} or {from, value} messages, goes through the "
+        "model's chat template.")

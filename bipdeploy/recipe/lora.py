@@ -45,11 +45,13 @@ class LoraSection(TextSection):
     split: str | None = Field(
         None, description="Split of a built-in or hub text. Default: calibration (or train).")
     format: Literal["text", "alpaca"] = Field(
-        "text", description="`text`: running text, in the column `field`. `alpaca`: instructions "
-        "with the columns instruction, input and output, in Stanford Alpaca's prompt.")
+        "text", description="`text`: running text or conversations, in the column `field`. "
+        "`alpaca`: instructions with the columns instruction, input and output, in Stanford "
+        "Alpaca's prompt.")
     loss_on: Literal["response", "all"] = Field(
-        "response", description="Tokens of an instruction that count in the loss: those of the "
-        "response, or the prompt's too. Of running text all do.")
+        "response", description="Tokens of an instruction or a conversation that count in the "
+        "loss: those of the response (of all that the assistant says), or the others too. Of "
+        "running text all do.")
     tokens: int = Field(128, ge=8, description="Tokens in a window.")
     packing: bool = Field(
         True, description="Put documents one after another and cut the whole into windows. "

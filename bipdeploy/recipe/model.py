@@ -42,7 +42,8 @@ class ShapeSection(Section):
 class ModelSection(Section):
     """The dense model, and how it is loaded."""
 
-    id: str = Field(description="`builtin:pico`, a local folder, or a model id on the hub.")
+    id: str = Field(description="`builtin:pico`, a local folder, a GGUF file, or a model id on the "
+                    "hub.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type to compute in. `auto`: the checkpoint's own on a GPU, float32 on "
@@ -51,5 +52,8 @@ class ModelSection(Section):
         "auto", description="`auto` takes a CUDA GPU where there is one.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that the checkpoint ships. Off unless you say so.")
+    dequantize: bool = Field(
+        False, description="Read quantised weights (FP8 blocks, compressed-tensors) as bfloat16. "
+        "The dense model that is measured is that one.")
     shape: ShapeSection | None = Field(
         None, description="The model's sizes, for a plan without network.")

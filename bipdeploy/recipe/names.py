@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 
 from bipdeploy.errors import did_you_mean
 
-# `bipdeploy.pruning.criteria`
+# `bipdeploy.pruning.criteria.table`
 CRITERIA = ("llm_bip", "llm_bip_joint", "wanda_sp", "flap", "flap_ifv", "flap_wifn", "taylor",
             "taylor_vector", "magnitude", "random")
 Propagation = Literal["bound", "measured"]
@@ -21,7 +21,7 @@ PROPAGATIONS: tuple[Propagation, ...] = get_args(Propagation)
 # `bipdeploy.stages.prune`
 Layers = Literal["uniform", "global", "adaptive", "searched"]
 LAYERS: tuple[Layers, ...] = get_args(Layers)
-# `bipdeploy.stages.recover`
+# `bipdeploy.stages.repairs`
 Repair = Literal["none", "refit", "bias"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)
 # `bipdeploy.planning.targets`
@@ -55,9 +55,9 @@ def gpu_name(name: str) -> str:
     """A GPU's name as it is listed, whatever its case; `4090` for `RTX 4090`. Raises ValueError
     that says what is known."""
     wanted = name.upper().replace("-", " ").replace("_", " ").strip()
-    for known in GPUS:
-        if wanted in (known, known.replace(" ", ""), known.removeprefix("RTX ")):
-            return known
+    for own in GPUS:
+        if wanted in (own, own.replace(" ", ""), own.removeprefix("RTX ")):
+            return own
     raise ValueError(f"no GPU is called {name!r}{did_you_mean(wanted, GPUS)}")
 
 

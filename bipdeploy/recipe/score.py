@@ -12,7 +12,7 @@ from bipdeploy.recipe.names import CRITERIA, Propagation
 class ScoreSection(Section):
     """How the groups (KV heads with their query heads; FFN channels) are ranked."""
 
-    criterion: str = Field("llm_bip", description="What ranks them, by name.",
+    criterion: str = Field("llm_bip", description="What ranks the groups, by name.",
                            json_schema_extra={"enum": list(CRITERIA)})
     propagation: Propagation = Field(
         "bound", description="How LLM-BIP carries a head's influence through the FFN to the "

@@ -1,4 +1,4 @@
-"""What plots of several results share: marks, colours, axes; and the same as a Markdown table."""
+"""What plots of several results share: marks, colours, axes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,3 @@ def logarithmic(panel: Any, axis: str = "x") -> None:
     own.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
     own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     own.set_minor_formatter(NullFormatter())
-
-
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

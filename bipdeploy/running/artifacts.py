@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ def writing(final: Path) -> Iterator[Path]:
     """
     partial = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
+    _restore(old, final)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -33,17 +35,72 @@ def writing(final: Path) -> Iterator[Path]:
         raise unwritable(final.parent, error) from error
     try:
         yield partial
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        partial.rename(final)
+        _swap(partial, final, old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if disk_full(error):
             raise unwritable(final, error) from error
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        _restore(old, final)
+        _remove(old)
+
+
+def _restore(old: Path, final: Path) -> None:
+    """Put back what stood at `final`, where a process was stopped between the two renames."""
+    if old.is_dir() and not final.exists():
+        old.rename(final)
+
+
+def _swap(partial: Path, final: Path, old: Path) -> None:
+    """Put `partial` in the place of `final`; what stood there goes to `old`.
+
+    A folder that cannot be renamed (in a lower layer of an overlay file system, or a mount point)
+    stays, and its contents are exchanged: they are copied to `old` first.
+    """
+    _remove(old)
+    try:
+        if final.exists() or final.is_symlink():
+            final.rename(old)
+        partial.rename(final)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES):
+            raise
+        if not final.is_dir():
+            raise
+    shutil.copytree(final, old, symlinks=True)
+    try:
+        _fill(final, partial)
+    except BaseException:
+        _fill(final, old)
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fill(folder: Path, source: Path) -> None:
+    """Give a folder the contents of another, which loses them, instead of its own."""
+    for path in list(folder.iterdir()):
+        _remove(path)
+    for path in list(source.iterdir()):
+        shutil.move(path, folder / path.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """A file in a second place: linked where the file system allows it, else copied. Of a symbolic
+    link, as a hub's cache has them, the file that it stands for."""
+    real = Path(source).resolve()
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -97,6 +154,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def require_key(folder: Path, key: str) -> None:
+    """Raise StageError where a stage's folder is not the one that was made under a key."""
+    found = (read_manifest(folder) or {}).get("key")
+    if found != key:
+        raise StageError(f"{folder} was replaced meanwhile, and is not what this run made; run it "
+                         "again, in a folder of its own")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -45,9 +45,11 @@ def environment() -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def hardware() -> dict[str, Any]:
     """CPU model, cores, memory in bytes, and the NVIDIA GPUs that CUDA may use here."""
+    import psutil
+
     return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": psutil.virtual_memory().total,
             "gpus": visible_gpus(_driver_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))}
 
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bipdeploy.data.windows import tokenizer
-from bipdeploy.errors import InputError, did_you_mean
-from bipdeploy.model import sources
+from bipdeploy.errors import InputError, StageError, did_you_mean
+from bipdeploy.model import loading, sources
 from bipdeploy.model.checkpoint import read_config
 from bipdeploy.model.families import architecture
 from bipdeploy.recipe.model import ModelSection
@@ -33,19 +32,23 @@ class Sampling:
 
 
 def generate(folder: Path, prompt: str, sampling: Sampling, engine: str | None = None,
-             device: str = "auto") -> Iterator[str]:
+             device: str = "auto", *, trust_remote_code: bool = False) -> Iterator[str]:
     """Pieces of text as they are made. `engine`: a name in `ENGINES`; by default the one that
-    the folder was written for. Raises InputError for what cannot be continued."""
+    the folder was written for. `trust_remote_code`: run the code that its tokenizer is of.
+    Raises InputError for what cannot be continued."""
     name = engine or ("onnx" if (folder / "model.onnx").is_file() else "transformers")
     if name not in ENGINES:
         raise InputError(f"--engine: no engine is called {name!r}{did_you_mean(name, ENGINES)}")
-    ids = _token_ids(folder, prompt)
+    tokens = loading.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    ids = tokens(prompt)["input_ids"]
+    if not ids:
+        raise InputError("the prompt is empty; give it at least one word")
     longest = architecture(read_config(folder)).max_positions
     if len(ids) + sampling.new_tokens > longest:
         raise InputError(f"the prompt has {len(ids)} tokens and --new-tokens asks for "
                          f"{sampling.new_tokens}, more than the model's maximum of {longest}; "
                          "shorten one of them")
-    return ENGINES[name](folder, ids, sampling, device)
+    return ENGINES[name](folder, tokens, ids, sampling, device)
 
 
 def pair(path: str) -> tuple[Path, Path]:
@@ -67,37 +70,45 @@ def artefact(path: str) -> Path:
     return found or sources.model_folder(path)
 
 
-def _token_ids(folder: Path, prompt: str) -> list[int]:
-    ids = tokenizer(folder)(prompt)["input_ids"]
-    if not ids:
-        raise InputError("the prompt is empty; give it at least one word")
-    return ids
+def stop_tokens(folder: Path) -> list[int]:
+    """The tokens that end a text. Of all that `generation_config.json` says these alone are read:
+    how to continue a prompt is what `Sampling` says, in every engine."""
+    ends = loading.generation_settings(folder).get("eos_token_id", [])
+    return ends if isinstance(ends, list) else [ends]
 
 
-def _in_transformers(folder: Path, ids: list[int], sampling: Sampling, device: str
+def _in_transformers(folder: Path, tokens: Any, ids: list[int], sampling: Sampling, device: str
                      ) -> Iterator[str]:
     import torch
-    from transformers import TextIteratorStreamer
+    from transformers import GenerationConfig, TextIteratorStreamer
 
-    from bipdeploy.model import loading
     from bipdeploy.model.blocks import compute_device, compute_dtype
 
     section = ModelSection.model_validate({"id": str(folder), "device": device})
     where = compute_device(section)
     model = loading.load_model(folder, compute_dtype(section, read_config(folder), where), where)
-    streamer = TextIteratorStreamer(tokenizer(folder), skip_prompt=True, timeout=600)
-    options: dict[str, Any] = {"max_new_tokens": sampling.new_tokens, "do_sample": False}
+    ends = stop_tokens(folder)
+    options: dict[str, Any] = {"max_new_tokens": sampling.new_tokens, "do_sample": False,
+                               "eos_token_id": ends or None, "pad_token_id": 0}
     if sampling.temperature > 0:
         options |= {"do_sample": True, "temperature": sampling.temperature,
-                    "top_p": sampling.top_p}
+                    "top_p": sampling.top_p, "top_k": 0}
+    model.generation_config = choice = GenerationConfig(**options)  # and nothing of the folder's
+
+    class Streamer(TextIteratorStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or int(value) not in ends:  # an end is not said
+                super().put(value)
+
+    streamer = Streamer(tokens, skip_prompt=True, timeout=600)
     torch.manual_seed(sampling.seed)
     asked = torch.tensor([ids], device=where)
     failures: list[Exception] = []
 
     def work() -> None:
         try:
-            model.generate(asked, attention_mask=torch.ones_like(asked), streamer=streamer,
-                           pad_token_id=0, **options)
+            model.generate(asked, generation_config=choice, streamer=streamer,
+                           attention_mask=torch.ones_like(asked))
         except Exception as error:  # raised again below; the reader must not wait for more
             failures.append(error)
             streamer.end()
@@ -110,16 +121,14 @@ def _in_transformers(folder: Path, ids: list[int], sampling: Sampling, device: s
         raise failures[0]
 
 
-def _in_onnx(folder: Path, ids: list[int], sampling: Sampling, device: str) -> Iterator[str]:
+def _in_onnx(folder: Path, tokens: Any, ids: list[int], sampling: Sampling, device: str
+             ) -> Iterator[str]:
     import torch
-    from transformers import GenerationConfig
 
     from bipdeploy.ort.runtime import OnnxModel
     from bipdeploy.ort.sampling import Sampling as Choice
 
-    model, decoder = OnnxModel(folder, device), tokenizer(folder)
-    ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    model, ends = OnnxModel(folder, device), stop_tokens(folder)
     choice = Choice(sampling.temperature, top_p=sampling.top_p)
     draws = torch.Generator().manual_seed(sampling.seed)
     logits, cache = model.prefill(torch.tensor([ids]), room=sampling.new_tokens)
@@ -130,23 +139,26 @@ def _in_onnx(folder: Path, ids: list[int], sampling: Sampling, device: str) -> I
         if int(token) in ends:
             break
         said.append(int(token))
-        text = decoder.decode(said)
+        text = tokens.decode(said)
         if not text.endswith("\ufffd"):  # else a character is not whole yet
             yield text.removeprefix(shown)
             shown = text
         logits = model.step(token, cache)
 
 
-def _in_vllm(folder: Path, ids: list[int], sampling: Sampling, device: str) -> Iterator[str]:
+def _in_vllm(folder: Path, tokens: Any, ids: list[int], sampling: Sampling, device: str
+             ) -> Iterator[str]:
     from bipdeploy.serving import engine as engines
     from bipdeploy.serving import server
 
     engine = engines.find()
     server.checked(folder, engine)
-    options = {"served_model_name": "model", "enforce_eager": True,
+    options = {"served_model_name": "model", "enforce_eager": True, "generation_config": "vllm",
+               "dtype": "float32" if engine.device == "cpu" else "auto",
                "max_model_len": len(ids) + sampling.new_tokens}
     body = {"model": "model", "prompt": ids, "max_tokens": sampling.new_tokens, "stream": True,
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+            "stop_token_ids": stop_tokens(folder)}
     with (engines.environment(engine, cache_gib=1) as variables,
           server.Server(folder, variables, "127.0.0.1", server.free_port(),
                         engines.flags(options)) as running):
@@ -157,10 +169,13 @@ def _in_vllm(folder: Path, ids: list[int], sampling: Sampling, device: str) -> I
             for line in answer:
                 data = line.decode().strip().removeprefix("data: ")
                 if data.startswith("{"):
-                    yield json.loads(data)["choices"][0]["text"]
+                    said = json.loads(data)
+                    if "choices" not in said:
+                        raise StageError(f"vLLM stopped generating: {said.get('error', said)}")
+                    yield said["choices"][0]["text"]
 
 
-ENGINES: dict[str, Callable[[Path, list[int], Sampling, str], Iterator[str]]] = {
+ENGINES: dict[str, Callable[[Path, Any, list[int], Sampling, str], Iterator[str]]] = {
     "transformers": _in_transformers,
     "onnx": _in_onnx,
     "vllm": _in_vllm,

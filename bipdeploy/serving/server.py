@@ -25,7 +25,7 @@ from bipdeploy.pruning import divisibility
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving.engine import Engine
 
-START_SECONDS = 900  # a large model from a slow disk, compiled
+STILL_SECONDS = 300  # without a line, computing or reading: then a server will not start any more
 STOP_SECONDS = 30
 
 
@@ -85,6 +85,7 @@ class Server:
         self.show = False  # whether the server's lines go to stderr from now on
         self._process: subprocess.Popen[str] | None = None
         self._lines: deque[str] = deque(maxlen=400)
+        self._count = 0  # of all lines
 
     @property
     def url(self) -> str:
@@ -111,12 +112,15 @@ class Server:
         assert self._process and self._process.stdout
         for line in self._process.stdout:
             self._lines.append(line)
+            self._count += 1
             if self.show:
                 sys.stderr.write(line)
 
     def wait_healthy(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Return once the server answers. Raises StageError where it ends or takes too long."""
-        began = time.monotonic()
+        """Return once the server answers, however long it works on that. Raises StageError where
+        it ends, or stands still."""
+        began = moved = time.monotonic()
+        before = self._work()
         while True:
             if not self.running():
                 raise StageError(f"vLLM ended while starting: {engines.cause(self.output())}")
@@ -124,11 +128,27 @@ class Server:
                 self.get("/health", timeout=5)
                 self.startup_seconds = time.monotonic() - began
                 return
-            if time.monotonic() - began > START_SECONDS:
-                raise StageError(f"vLLM was not ready after {START_SECONDS} s; its last line: "
-                                 f"{engines.cause(self.output())}")
+            if (now := self._work()) != before:
+                before, moved = now, time.monotonic()
+            if time.monotonic() - moved > STILL_SECONDS:
+                raise StageError(f"vLLM has done nothing for {STILL_SECONDS} s and is not ready; "
+                                 f"its last line: {engines.cause(self.output())}")
             tick()
             time.sleep(0.25)
+
+    def _work(self) -> tuple[int, int]:
+        """What changes while the server and its children work: lines, and CPU seconds in all. A
+        process that only waits takes some as well, less than one in ten."""
+        import psutil
+
+        spent = 0.0
+        with suppress(psutil.Error):
+            main = psutil.Process(self.pid)
+            for process in (main, *main.children(recursive=True)):
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    spent += times.user + times.system
+        return self._count, int(spent // (STILL_SECONDS / 10))
 
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None

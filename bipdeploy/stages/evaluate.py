@@ -14,6 +14,7 @@ from bipdeploy.model import loading
 from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.ort.folder import onnx_folders
 from bipdeploy.planning.job import Job
+from bipdeploy.planning.resolved import Resolved
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.figures import VERSUS_TORCH, compared
 from bipdeploy.recipe.lora import LoraSection
@@ -45,16 +46,14 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     recipe, section = job.recipe, job.recipe.evaluate.perplexity
     folders = {"dense": job.inputs["dense"], "pruned": job.inputs["exported"]}
     lengths = {w: window_tokens(w, job.dense.architecture.max_positions) for w in section.windows}
-    source = text.read(section.data, test_split(recipe), section.field)
+    source = _test_text(recipe)
     overlap = check_overlap(recipe, source)
     for used, share in overlap.items():
         if share > OVERLAP_LIMIT:
             job.reporter.note(f"{share:.1%} of the test text also stands in the text of {used}: "
                               "the pruned model's perplexity is too good; use another text or "
                               "split")
-    full = windows.token_ids(source, folders["dense"])
-    tokens_per_byte = len(full) / len(source.joined().encode())
-    ids = full[:section.max_tokens]
+    ids, tokens_per_byte, whole = windows.leading(source, folders["dense"], section.max_tokens)
     device = compute_device(recipe.model)
     dtype = compute_dtype(recipe.model, job.dense.config, device)
     onnx = onnx_folders(job.inputs.get("export"))
@@ -82,9 +81,25 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
               "token-level", "data": source.name, "split": source.split,
               "text_sha256": source.sha256, "overlap": overlap,
               "dtype": str(dtype), "device": str(device), "tokens_per_byte": tokens_per_byte,
+              "tokenised": "all of the text" if whole else "its beginning",
               "windows": {str(w): {"tokens": n, "predicted": results["dense"][w].tokens}
                           for w, n in lengths.items()}}
     return figures, record
+
+
+def rehearse(resolved: Resolved) -> None:
+    """Refuse, before the stages that come first, a test text that cannot be read or, where it holds
+    conversations, be written by the model's chat template."""
+    recipe = resolved.recipe
+    if recipe.evaluate.perplexity.enabled:
+        source = _test_text(recipe)
+        if source.conversations:
+            windows.leading(source, resolved.dense, recipe.evaluate.perplexity.max_tokens)
+
+
+def _test_text(recipe: Recipe) -> text.Text:
+    section = recipe.evaluate.perplexity
+    return text.read(section.data, test_split(recipe), section.field, "evaluate.perplexity")
 
 
 def _figures(prefix: str, names: Sequence[int | str], dense: Mapping[Any, Perplexity],
@@ -122,15 +137,16 @@ def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
         "calibration": (recipe.calibration, calibration_split(recipe))}
     if recipe.lora.enabled:
         used["lora"] = (recipe.lora, training_split(recipe))
-    return {name: _held_by(section, split, test) for name, (section, split) in used.items()}
+    return {name: _held_by(name, section, split, test)
+            for name, (section, split) in used.items()}
 
 
-def _held_by(section: TextSection, split: str, test: text.Text) -> float:
+def _held_by(name: str, section: TextSection, split: str, test: text.Text) -> float:
     if (section.data, split) == (test.name, test.split):
         return 1.0
     if isinstance(section, LoraSection) and section.format == "alpaca":
-        rows = text.records(section.data, split, ALPACA_COLUMNS).rows
+        rows = text.records(section.data, split, ALPACA_COLUMNS, name).rows
         other = text.Text(section.data, split, tuple(" ".join(row.values()) for row in rows))
     else:
-        other = text.read(section.data, split, section.field)
+        other = text.read(section.data, split, section.field, name)
     return windows.overlap(other, test)

@@ -50,8 +50,10 @@ def run(job: Job) -> None:
     """Write `gates.json` and `junit.xml`. A failed gate is a result, not a failure to run."""
     job.reporter.total(max(1, len(job.recipe.gates)), "gates")
     verdicts = judge(job.recipe.gates, artifacts.figures(list(job.inputs.values())))
+    made = {name: artifacts.read_manifest(folder) for name, folder in job.inputs.items()}
     job.write(GATES, {"passed": all(v.passed for v in verdicts),
-                      "gates": [asdict(v) for v in verdicts]})
+                      "gates": [asdict(v) for v in verdicts],
+                      "keys": {name: found["key"] for name, found in made.items() if found}})
     (job.out / "junit.xml").write_bytes(junit(job.recipe.name, verdicts))
 
 

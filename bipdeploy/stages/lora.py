@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bipdeploy.data import text
+from bipdeploy.data import chat, sampling, text
 from bipdeploy.data.calibration import training_split
-from bipdeploy.data.windows import token_ids, tokenizer
+from bipdeploy.data.windows import token_ids, tokenizer, written
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.model import loading, sources
 from bipdeploy.model.blocks import compute_device, release_memory
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
+from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.tuning import adapters, checkpoints, data, launch, training
 from bipdeploy.tuning.checkpoints import State
-from bipdeploy.tuning.data import Windows
+from bipdeploy.tuning.data import Document, Windows
 from bipdeploy.tuning.losses import cross_entropy
 from bipdeploy.tuning.training import Task
 
+LOST_LIMIT = 0.05  # share of documents none of whose tokens counts, above which it is said
 MERGE_TOLERANCE = 0.02  # nats: what rounding merged weights to 16 bits may cost
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate")
 
@@ -86,6 +89,9 @@ def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
     """The task, its text read and cut, and where that came from."""
     recipe, section = job.recipe, job.recipe.lora
     windows, provenance = read_windows(recipe, job.inputs["dense"])
+    if windows.lost > LOST_LIMIT * windows.documents:
+        job.reporter.note(f"{_lost(windows)}: they are not trained on; raise lora.tokens"
+                          + ("" if section.packing else " or set lora.packing: true"))
     training_windows, held = data.hold_back(windows, section.validation.windows, recipe.seed)
     provenance |= {"windows": [len(windows), section.tokens], "held_back": len(held),
                    "tokens_left_out": windows.cut, "seed": recipe.seed}
@@ -105,35 +111,94 @@ def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
 def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
     """All windows of the text to train on, by the model's tokenizer, and their provenance.
 
-    Running text is packed as perplexity reads it: documents joined by blank lines. Raises
-    InputError where there are too few.
+    Running text is packed as perplexity reads it: documents joined by blank lines. Of a text that
+    is much larger than what the steps can read only parts are tokenised (see `sampling.parts`).
+    Raises InputError where there are too few windows.
     """
     section, split = recipe.lora, training_split(recipe)
+    source: text.Text | text.Records = (
+        text.records(section.data, split, data.ALPACA_COLUMNS, "lora")
+        if section.format == "alpaca" else text.read(section.data, split, section.field, "lora"))
     tokens = tokenizer(model)
+    wanted = section.steps * section.batch + section.validation.windows
+    for part in sampling.parts(source, wanted * section.tokens, recipe.seed,
+                               section.tokens if section.packing else None):
+        documents = _documents(part, section, model, tokens)
+        windows = (data.pack(documents, section.tokens) if section.packing else
+                   data.pad(documents, section.tokens, tokens.eos_token_id or 0))
+        if len(windows) >= wanted:
+            break
+    if len(windows) < section.validation.windows + section.batch:
+        raise InputError(f"lora.data: {section.data} gives {len(windows)} windows of "
+                         f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
+                         f"{section.validation.windows} + {section.batch}; "
+                         f"{_more_windows(section, documents, windows)}")
+    conversations = isinstance(source, text.Text) and source.conversations
+    return windows, {"data": source.name, "split": source.split,
+                     "format": "conversations" if conversations else section.format,
+                     "text_sha256": source.sha256,
+                     "tokenised": sampling.described(source, part),
+                     "documents": len(part.sizes()), "documents_lost": windows.lost}
+
+
+def _documents(source: text.Text | text.Records, section: LoraSection, model: Path,
+               tokens: Any) -> list[Document]:
+    """What is put into windows, with the tokens that count."""
+    response_only = section.loss_on == "response"
 
     def encode(part: str, special: bool) -> list[int]:
         return tokens(part, add_special_tokens=special, verbose=False)["input_ids"]
 
-    filler = tokens.eos_token_id or 0
-    source: text.Text | text.Records
-    if section.format == "alpaca":
-        source = text.records(section.data, split, data.ALPACA_COLUMNS)
-        documents = [data.alpaca(row, encode, tokens.eos_token_id,
-                                 response_only=section.loss_on == "response")
-                     for row in source.rows]
-    else:
-        source = text.read(section.data, split, section.field)
-        documents = ([data.plain(token_ids(source, model).tolist())] if section.packing else
-                     [data.plain(encode(part, True)) for part in source.documents if part.strip()])
-    windows = (data.pack(documents, section.tokens) if section.packing
-               else data.pad(documents, section.tokens, filler))
-    if len(windows) < section.validation.windows + section.batch:
-        raise InputError(f"lora.data: {section.data} gives {len(windows)} windows of "
-                         f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
-                         f"{section.validation.windows} + {section.batch}; lower them or "
-                         "lora.tokens, or give a longer text")
-    return windows, {"data": source.name, "split": source.split, "format": section.format,
-                     "text_sha256": source.sha256}
+    if isinstance(source, text.Records):
+        return [data.alpaca(row, encode, tokens.eos_token_id, response_only=response_only)
+                for row in source.rows]
+    if source.conversations:
+        found = [_conversation(messages, said, tokens, response_only)
+                 for messages, said in zip(source.conversations, written(source, tokens),
+                                           strict=True)]
+        answered = [document for document in found if data.before_answer(document)
+                    < len(document.ids)]
+        if not answered:
+            raise InputError(f"lora.data: no conversation in {source.name} has a message of the "
+                             "assistant, and lora.loss_on: response trains on these alone; give "
+                             "others, or set lora.loss_on: all")
+        return answered
+    if section.packing:
+        return [data.plain(token_ids(source, model).tolist())]
+    return [data.plain(encode(part, True)) for part in source.documents if part.strip()]
+
+
+def _conversation(messages: chat.Conversation, said: str, tokens: Any,
+                  response_only: bool) -> Document:
+    if not response_only:
+        return data.plain(tokens(said, add_special_tokens=False, verbose=False)["input_ids"])
+    if not tokens.is_fast:
+        raise InputError("lora.loss_on: response, and the model's tokenizer does not tell which of "
+                         "a conversation's tokens are the answers'; set lora.loss_on: all")
+    found = tokens(said, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return data.answered(found["input_ids"], found["offset_mapping"],
+                         chat.answers(messages, tokens))
+
+
+def _more_windows(section: LoraSection, documents: Sequence[Document], windows: Windows) -> str:
+    """What to change where a text gives too few windows."""
+    if not section.packing and windows.lost:
+        longest = max(map(data.before_answer, documents))
+        return (f"{_lost(windows)}: raise lora.tokens (the longest prompt has {longest}) or set "
+                "lora.packing: true")
+    if windows.empty:
+        share = windows.empty / (windows.empty + len(windows))
+        return (f"{share:.0%} of all windows hold prompts alone, and {_lost(windows)}: raise "
+                "lora.tokens, so that windows reach the responses, and give more rows or lower "
+                "lora.batch and lora.validation.windows")
+    if not section.packing:
+        return "lower them, set lora.packing: true, or give more documents"
+    return "lower them or lora.tokens, or give a longer text"
+
+
+def _lost(windows: Windows) -> str:
+    return (f"of {windows.lost} of {windows.documents} documents "
+            f"({windows.lost / max(1, windows.documents):.0%}) no window holds a token that counts")
 
 
 def finish(job: Job, source: Checkpoint, task: Task, state: State,

@@ -34,8 +34,7 @@ SEARCH_RIDGE = 0.01  # of the refits that a search tries, where the recipe's own
 
 def run(job: Job) -> None:
     """Write `model/` (the sliced checkpoint), `kept.json` and the size figures."""
-    dense = timed(job)
-    arch, target = dense.architecture, dense.target
+    arch = job.dense.architecture
     scores = read_scores(job.inputs["score"])
     if len(scores) != len(arch.blocks) or any(
             (len(s.heads), len(s.ffn)) != (w.kv_heads, w.intermediate)
@@ -43,7 +42,8 @@ def run(job: Job) -> None:
         raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
                          "widths differ; score the model again")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
-    section = job.recipe.prune
+    dense = profile.timed(job.dense, job.reporter)
+    target, section = dense.target, job.recipe.prune
     details: dict[str, Any] = {}
     if section.layers == "searched":
         widths, details = searched(job, dense, scores)
@@ -78,16 +78,6 @@ def run(job: Job) -> None:
                     "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
                    for w, k in zip(widths, kept, strict=True)]})
     job.write_figures(figures | (target.figures(widths) if target else {}))
-
-
-def timed(job: Job) -> Resolved:
-    """The job's model with the measured times that the target is about, from the cache or measured
-    now."""
-    found = job.dense
-    if found.times and not found.table:
-        found = found.measured(profile.obtain(found.times, found.config, found.architecture,
-                                              job.recipe.model, job.reporter))
-    return found
 
 
 def searched(job: Job, dense: Resolved, scores: Sequence[BlockScores]

@@ -16,6 +16,7 @@ from bipdeploy.model.checkpoint import CheckpointWriter
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.model.formats import biased_config
 from bipdeploy.planning.job import Job
+from bipdeploy.pruning import finite
 from bipdeploy.pruning.allocation import Kept
 from bipdeploy.pruning.refit import MeanShift, RidgeProblem, best_ridge
 from bipdeploy.pruning.reselection import choose
@@ -78,6 +79,8 @@ def refit(job: Job) -> dict[str, Any]:
                     stored[key] = getattr(module, name).weight.to(stored[key].dtype)
             writer.add(stored, f"model.layers.{index}.")
             del block, stored
+            finite.require(f"outputs of block {index}, or its refit,", record.values(),
+                           pruned.dtype)
             errors.append({"block": index, **record, **(asdict(kept) if kept else {})})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
@@ -155,7 +158,7 @@ def refit_block(dense: Callable[[], Block], pruned: Block, x_dense: Batches, x_p
         chosen["ridge_ffn"] = ffn.solve(ridge, stored)
         del ffn
     y_pruned = keep(repaired())
-    if not after <= before:
+    if after > before:  # what is not finite is left, to be seen
         for name, weight in original.items():
             pruned.layer.get_parameter(name).data.copy_(weight)
         del y_pruned  # what is kept has room for one set less
@@ -220,6 +223,8 @@ def bias(job: Job) -> dict[str, Any]:
             hidden, added, record = bias_block(
                 dense.block(index, tokens), pruned.block(index, tokens), hidden, keep)
             writer.add(add_biases(source.block(index), arch, added), f"model.layers.{index}.")
+            finite.require(f"outputs of block {index}, or its biases,", record.values(),
+                           pruned.dtype)
             errors.append({"block": index, **record})
             job.reporter.advance()
     job.write_figures(size_figures(dense.architecture, arch))

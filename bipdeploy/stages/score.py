@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.errors import InputError
+from bipdeploy.model import sources
 from bipdeploy.model.activations import Batches, Keep, keeping, replace
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import opened
+from bipdeploy.model.walk import require_agreement
 from bipdeploy.planning.job import Job
+from bipdeploy.pruning import finite
 from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.criteria.gradients import blocks_backwards
 from bipdeploy.pruning.criteria.llm_bip import head_bound, measured_change, rank_correlation
@@ -50,6 +53,9 @@ def run(job: Job) -> None:
     job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
+    if made := sources.provenance(walker.checkpoint.folder):
+        job.reporter.note(made)
+    require_agreement(walker, recipe.seed)
     size = kept_bytes(walker, windows, [recipe.score])
     with keeping(job.out, recipe.calibration.spill, size) as keep:
         walked = score_blocks(walker, windows, recipe, job, keep)
@@ -121,6 +127,8 @@ def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequen
             inputs.append(keep(x.cpu() for x in hidden))
         statistics = _seen(walker, block, hidden, Statistics(
             widths.kv_heads, needs, walker.config.rms_norm_eps))
+        finite.require(f"what block {index} gives and sums of it", statistics.sums.values(),
+                       walker.dtype)
         for section, own, draw, walked in zip(sections, own_needs, draws, found, strict=True):
             walked.influence.append(statistics.influence())
             view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
@@ -152,15 +160,9 @@ def _backwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Seque
 
 
 def _scored(section: ScoreSection, view: BlockView, index: int, walker: BlockWalker) -> Scores:
-    return _finite(CRITERIA[section.criterion].load()(view), index, walker)
-
-
-def _finite(scores: Scores, index: int, walker: BlockWalker) -> Scores:
-    """The scores. Raises InputError where one is NaN or infinite."""
+    scores = CRITERIA[section.criterion].load()(view)
     for kind, values in zip(("heads", "FFN channels"), scores, strict=True):
-        if not torch.isfinite(values).all():
-            raise InputError(f"the scores of block {index}'s {kind} are not finite in "
-                             f"{walker.dtype}; set model.dtype to float32")
+        finite.require(f"the scores of block {index}'s {kind}", [values], walker.dtype)
     return scores
 
 

@@ -5,13 +5,13 @@ To add a stage, write its function in a file here and its section in `recipe/`, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from bipdeploy.errors import InputError
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.table import Row, by_name
+from bipdeploy.table import Row, by_name, loaded
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Stage(Row):
     def rehearse(self, resolved: Resolved) -> None:
         """Raise InputError for what this stage would fail at, before the earlier ones run."""
         if self.rehearsal:
-            replace(self, function=self.rehearsal).load()(resolved)
+            loaded(self.rehearsal)(resolved)
 
 
 def _positions(field: str, tokens: int, resolved: Resolved, otherwise: str = "") -> None:
@@ -86,6 +86,7 @@ STAGES: dict[str, Stage] = by_name(
           "load the model whole"),
     Stage("evaluate", ("dense", "exported", "export"), _evaluate, "bipdeploy.stages.evaluate:run",
           ("evaluate", "model", "calibration", "lora"), libraries=_ONNX + _LM_EVAL,
+          rehearsal="bipdeploy.stages.evaluate:rehearse",
           smaller="lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch"),
     Stage("bench", ("dense", "exported", "served", "export"), None, "bipdeploy.stages.bench:run",
           ("bench", "model", "hardware"), timed=True, libraries=_VLLM + _ONNX,
@@ -109,13 +110,11 @@ ARTEFACTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def inputs_of(name: str, folder: Path, dense: Path | None) -> dict[str, Path]:
+def inputs_of(name: str, folder: Path, dense: Path) -> dict[str, Path]:
     """The folders that a stage reads, within one run."""
     found = {}
     for artefact in STAGES[name].needs:
-        candidates = [folder / place for place in ARTEFACTS.get(artefact, (artefact,))]
-        if artefact == "dense":
-            assert dense is not None
-            candidates = [dense]
+        candidates = ([dense] if artefact == "dense" else
+                      [folder / place for place in ARTEFACTS.get(artefact, (artefact,))])
         found[artefact] = next((p for p in candidates if p.is_dir()), candidates[-1])
     return found

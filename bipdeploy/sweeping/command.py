@@ -11,10 +11,10 @@ from typing import Any
 
 from bipdeploy.errors import InputError
 from bipdeploy.pipeline import pipeline
-from bipdeploy.pipeline.keys import plain
+from bipdeploy.pipeline.keys import local_texts, plain
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.sweep import SweepSection
-from bipdeploy.running import artifacts, machine
+from bipdeploy.running import artifacts, machine, places
 from bipdeploy.running.reporter import Reporter
 from bipdeploy.sweeping import plot, results, running, trials
 from bipdeploy.sweeping.running import TRIALS, Task
@@ -47,6 +47,7 @@ def sweep(recipe: Recipe, out: Path, reporter: Reporter, command: str, source: s
             raise InputError(f"{package} is not installed, and a sweep runs on Ray Tune; "
                              "`pip install 'bipdeploy[sweep]'`")
     wanted = trials.plan(recipe)
+    places.require_apart(out, [wanted.dense, *local_texts(recipe)], holding=False)
     try:
         (out / TRIALS).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bipdeploy.reporting.plotting import as_markdown
+from bipdeploy.reporting.markdown import as_markdown
 
 Trials = Sequence[Mapping[str, Any]]
 

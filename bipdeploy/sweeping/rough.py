@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from bipdeploy.data import text, windows
 from bipdeploy.data.calibration import test_split
-from bipdeploy.errors import StageError
 from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.model import loading
 from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
@@ -35,17 +33,15 @@ def nats(resolved: Resolved, model: Path, count: int, key: str, kept: Path) -> f
 
 
 def _measure(resolved: Resolved, model: Path, count: int) -> float:
-    recipe, section, dense = resolved.recipe, resolved.recipe.evaluate.perplexity, resolved.folder
-    assert dense is not None
+    recipe, section, dense = resolved.recipe, resolved.recipe.evaluate.perplexity, resolved.dense
     length = window_tokens(section.windows[0], resolved.architecture.max_positions)
-    source = text.read(section.data, test_split(recipe), section.field)
-    ids = windows.token_ids(source, dense)[:section.max_tokens][:count * length]
+    source = text.read(section.data, test_split(recipe), section.field, "evaluate.perplexity")
+    limit = min(count * length, section.max_tokens or count * length)
+    ids = windows.leading(source, dense, limit).ids
     device = compute_device(recipe.model)
     loaded = loading.load_model(model, compute_dtype(recipe.model, resolved.config, device), device,
                                 trust_remote_code=recipe.model.trust_remote_code)
     value = perplexity(forward_of(loaded), ids, length, section.batch).nats
     del loaded
     release_memory()
-    if math.isnan(value):
-        raise StageError("the rough perplexity is not a number; set model.dtype to float32")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def read(folder: Path, key: str) -> dict[str, Any] | None:
 
 def _require_place(task: Task) -> None:
     """Refuse a node that is not set up like the one that started the sweep."""
-    node = os.uname().nodename
+    node = platform.node()
     if not Path(task.out).is_dir():
         raise StageError(f"{node} does not see {task.out}; give an --out on storage that all "
                          "nodes share")
@@ -131,8 +132,7 @@ def _loss(task: Task, resolved: Resolved, keys: dict[str, str], stage: str) -> f
     from bipdeploy.sweeping import rough
 
     reader, artefact = _MADE[stage]
-    dense = resolved.folder
-    assert dense is not None
+    dense = resolved.dense
     model = inputs_of(reader, task.folder, dense)[artefact]
     made_by = model.parent.name  # an earlier stage, where this one changed nothing
     kept = task.folder.parent / ".rough"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+import getpass
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,15 +15,17 @@ from bipdeploy.running.reporter import Silent
 
 
 @contextmanager
-def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold a lock, `LOCK_SH` or `LOCK_EX`, that is gone when the process is."""
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock, alone or with others that share it, that is gone when the process is."""
+    import fcntl  # POSIX alone has it, and plans are made elsewhere too
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
         raise artifacts.unwritable(path, error) from error
     with file:
-        fcntl.flock(file, kind)
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
 
 
@@ -44,23 +45,16 @@ def _take(name: str, key: str, folder: Path) -> None:
             with suppress(FileNotFoundError, shutil.Error):  # it is being replaced just now
                 folder.mkdir(parents=True, exist_ok=True)
                 with artifacts.writing(folder / name) as partial:
-                    shutil.copytree(other, partial, copy_function=_link, dirs_exist_ok=True)
+                    # Stages are replaced as whole folders and never changed in place.
+                    shutil.copytree(other, partial, copy_function=artifacts.link_or_copy,
+                                    dirs_exist_ok=True)
                 return
-
-
-def _link(source: str, target: str) -> None:
-    # Stages are replaced as whole folders and never changed in place, so links are safe.
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 @contextmanager
 def turn(stage: str) -> Iterator[Silent]:
     """A trial's stage on this machine: what is timed waits until it is the only one, and others
     wait for it. Holds for all sweeps of one user; other programs are not kept away."""
-    kind = fcntl.LOCK_EX if stage in ("bench", "profile") else fcntl.LOCK_SH
-    lock = Path(tempfile.gettempdir()) / f"bipdeploy-{os.getuid()}.lock"
-    with locked(lock, kind):
+    lock = Path(tempfile.gettempdir()) / f"bipdeploy-{getpass.getuser()}.lock"
+    with locked(lock, shared=stage not in ("bench", "profile")):
         yield Silent()

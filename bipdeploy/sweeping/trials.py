@@ -64,6 +64,7 @@ class Plan:
     """All that is to be run."""
 
     recipe: Recipe
+    dense: Path
     trials: tuple[Trial, ...]
 
 
@@ -85,7 +86,7 @@ def plan(recipe: Recipe) -> Plan:
         raise RecipeError("sweep", list(faults))
     if len(made) < min(2, recipe.sweep.samples or 2):
         raise InputError(_NOTHING)
-    return Plan(recipe, tuple(made.values()))
+    return Plan(recipe, resolved.dense, tuple(made.values()))
 
 
 def check_offline(recipe: Recipe) -> None:
@@ -147,8 +148,7 @@ def _trial(resolved: Resolved, choice: Choice) -> Trial:
                          "weighs against speed; set it to true")
     of_own = resolved.under(own)
     refuse(of_own)
-    dense = pipeline.fetched(of_own).folder
-    assert dense is not None
+    dense = pipeline.fetched(of_own).dense
     return Trial(name, label, settings, own, _key(recipe, own, dense),
                  artifacts.digest([plain(getattr(own, s)) for s in _SHAPE]))
 

@@ -6,6 +6,7 @@ Shapes: N windows, T tokens in a window.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,11 +49,19 @@ class Document(NamedTuple):
 @dataclass(frozen=True)
 class Windows:
     """ids, labels: [N, T]. A token is predicted from those before it in its window, so the label
-    of the first one is never used. cut: tokens of the text that are in no window."""
+    of the first one is never used.
+
+    cut: tokens of the text that are in no window. empty: windows that were left out because none
+    of their tokens counts. documents, lost: how many there were, and how many of these have no
+    token that counts in a window.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
     cut: int = 0
+    empty: int = 0
+    documents: int = 0
+    lost: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,6 +90,26 @@ def alpaca(row: Mapping[str, str], encode: Encode, end: int | None, *,
     return Document(prompt + response, shown + response)
 
 
+def answered(ids: Sequence[int], places: Sequence[tuple[int, int]],
+             answers: Sequence[tuple[int, int]]) -> Document:
+    """A conversation, in which the tokens count that are in an answer or reach into one.
+
+    `places`: where each token stands in the written conversation, [start, end) in characters.
+    """
+    starts, ends = [start for start, _ in places], [end for _, end in places]
+    shown = [IGNORED] * len(ids)
+    for first, last in answers:
+        inside = slice(bisect_right(ends, first), bisect_left(starts, last))
+        shown[inside] = ids[inside]
+    return Document(list(ids), shown)
+
+
+def before_answer(document: Document) -> int:
+    """Tokens before the first that counts; all where none does."""
+    return next((place for place, label in enumerate(document.labels) if label != IGNORED),
+                len(document.labels))
+
+
 def plain(ids: Sequence[int]) -> Document:
     """Running text, every token of which counts."""
     return Document(list(ids), list(ids))
@@ -90,13 +119,16 @@ def pack(documents: Iterable[Document], tokens: int) -> Windows:
     """Documents one after another, cut into windows; the rest that fills none is left out."""
     ids: list[int] = []
     labels: list[int] = []
+    lengths: list[int] = []
     for document in documents:
         ids += document.ids
         labels += document.labels
+        lengths.append(len(document.ids))
     whole = len(ids) // tokens * tokens
-    return _useful(Windows(torch.tensor(ids[:whole], dtype=torch.long).view(-1, tokens),
-                           torch.tensor(labels[:whole], dtype=torch.long).view(-1, tokens),
-                           len(ids) - whole))
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+    return _useful(torch.tensor(ids[:whole], dtype=torch.long).view(-1, tokens),
+                   torch.tensor(labels[:whole], dtype=torch.long).view(-1, tokens),
+                   owners[:whole].view(-1, tokens), len(lengths), len(ids) - whole)
 
 
 def pad(documents: Sequence[Document], tokens: int, filler: int) -> Windows:
@@ -108,13 +140,19 @@ def pad(documents: Sequence[Document], tokens: int, filler: int) -> Windows:
         length = min(tokens, len(document.ids))
         ids[row, :length] = torch.tensor(document.ids[:length], dtype=torch.long)
         labels[row, :length] = torch.tensor(document.labels[:length], dtype=torch.long)
-    return _useful(Windows(ids, labels, sum(max(0, len(d.ids) - tokens) for d in documents)))
+    owners = torch.arange(len(documents))[:, None].expand(-1, tokens)
+    return _useful(ids, labels, owners, len(documents),
+                   sum(max(0, len(d.ids) - tokens) for d in documents))
 
 
-def _useful(windows: Windows) -> Windows:
-    """Without the windows in which no token counts."""
-    useful = (windows.labels[:, 1:] != IGNORED).any(dim=1)
-    return Windows(windows.ids[useful], windows.labels[useful], windows.cut)
+def _useful(ids: torch.Tensor, labels: torch.Tensor, owners: torch.Tensor, documents: int,
+            cut: int) -> Windows:
+    """Without the windows in which no token counts. owners [N, T]: the document of each token."""
+    counts = labels != IGNORED
+    counts[:, :1] = False
+    useful = counts.any(dim=1)
+    return Windows(ids[useful], labels[useful], cut, int((~useful).sum()), documents,
+                   documents - len(owners[counts].unique()))
 
 
 def hold_back(windows: Windows, count: int, seed: int) -> tuple[Windows, Windows]:

@@ -56,4 +56,4 @@ def standardised(values: torch.Tensor) -> torch.Tensor:
     """Zero mean, unit variance; all zero where the values do not differ."""
     centred = values - values.mean()
     spread = values.std() if len(values) > 1 else values.new_zeros(())
-    return centred / spread if spread > 0 else torch.zeros_like(values)
+    return torch.zeros_like(values) if spread == 0 else centred / spread
