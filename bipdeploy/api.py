@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from bipdeploy.comparing.command import Compared
@@ -204,7 +205,8 @@ def _write(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path,
     reporter = reporter or Silent()
     read = [*inputs.values(), *local_texts(recipe)]
     removed = places.require_place(out, name, read, force=force)
-    with places.alone(out):
+    run = out.parent if artifacts.read_run(out.parent) else None
+    with places.alone(out), places.alone(run, inside=True) if run else nullcontext():
         _require_space(name, recipe, inputs, out, resolved)
         if removed:
             reporter.note(removed)

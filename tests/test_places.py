@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,14 @@ def test_a_home_and_the_folder_one_stands_in_are_never_replaced(tmp_path, few, o
 
 # Only what is new, empty, or was written by the same stage
 
+def test_nobody_s_home_is_no_error(tmp_path, monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert places.require_place(tmp_path / "out", "score", []) is None
+
+
 def test_an_empty_folder_and_an_earlier_result_are_written_to(tmp_path, few):
     out = tmp_path / "out"
     out.mkdir()
@@ -128,6 +137,8 @@ def test_force_says_what_it_removes(tmp_path, few):
 def test_what_file_managers_and_python_leave_does_not_count(tmp_path, smoke):
     out = shutil.copytree(smoke.folder / "score", tmp_path / "out")
     (out / ".DS_Store").write_text("x")
+    (out / ".cache").mkdir()
+    (out / ".cache" / "x").write_text("x")
     (out / "__pycache__").mkdir()
     (out / "__pycache__" / "x.pyc").write_text("x")
     assert places.require_place(out, "score", []) is None
@@ -147,7 +158,9 @@ def test_a_run_keeps_folders_and_manifests_that_no_run_wrote(tmp_path):
 # One at a time
 
 HOLD = ("import sys, time\nfrom pathlib import Path\nfrom bipdeploy.running import places\n"
-        "with places.alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)")
+        "Path(sys.argv[1]).mkdir(parents=True)\n"
+        "with places.alone(Path(sys.argv[1]), inside=True):\n"
+        "    print('held', flush=True)\n    time.sleep(600)")
 
 
 @pytest.fixture
@@ -165,7 +178,15 @@ def holder(tmp_path):
 def test_a_second_run_names_the_process_that_writes(tmp_path, holder):
     done = bipdeploy_here("run", SMOKE, "--runs", tmp_path / "runs")
     refused(done, 2, "is being written by", f"process {holder.pid}", "--runs")
-    assert list((tmp_path / "runs" / "smoke").iterdir()) == []
+    assert [p.name for p in (tmp_path / "runs" / "smoke").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_a_single_stage_waits_for_no_run_either(tmp_path, smoke, holder, few):
+    shutil.copyfile(smoke.folder / "manifest.json", tmp_path / "runs" / "smoke" / "manifest.json")
+    done = bipdeploy_here("score", "builtin:pico", "--out", tmp_path / "runs" / "smoke" / "score",
+                          *few)
+    refused(done, 2, "is being written by", f"process {holder.pid}")
 
 
 @pytest.mark.slow
@@ -179,10 +200,15 @@ def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path, holder):
 @pytest.mark.slow
 def test_of_two_runs_at_once_one_is_whole_and_the_other_is_refused(tmp_path):
     ratios = ("0.3", "0.5")
-    started = [subprocess.Popen(
-        [SCRIPT, "run", str(SMOKE), "--runs", str(tmp_path / "runs"), "--json", "--set",
-         f"prune.ratio={ratio}", "--set", "gates={}"], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}) for ratio in ratios]
+    started = []
+    for ratio in ratios:
+        started.append(subprocess.Popen(
+            [SCRIPT, "run", str(SMOKE), "--runs", str(tmp_path / "runs"), "--json", "--set",
+             f"prune.ratio={ratio}", "--set", "gates={}"], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, **ENVIRONMENT}))
+        while not (tmp_path / "runs" / "smoke" / ".lock").exists():
+            assert started[0].poll() is None
+            time.sleep(0.05)
     said = [process.communicate(timeout=280) for process in started]
     codes = [process.returncode for process in started]
     assert sorted(codes) == [0, 2], said
@@ -318,6 +344,19 @@ def test_a_stop_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [final]
 
 
+def test_a_kill_while_contents_are_exchanged_loses_nothing(tmp_path, monkeypatch):
+    final = tmp_path / "stage"
+    written(final, "first")
+    shutil.copytree(final, tmp_path / ".stage.old")  # what such a kill leaves
+    (tmp_path / ".stage.filling").touch()
+    shutil.rmtree(final / "sub")
+    (final / "new").write_text("half")
+    with pytest.raises(ZeroDivisionError), artifacts.writing(final):
+        raise ZeroDivisionError
+    assert tree(final) and (final / "sub" / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [final]
+
+
 def test_a_link_to_a_folder_is_replaced_and_the_folder_stays(tmp_path):
     written(tmp_path / "elsewhere", "first")
     (tmp_path / "stage").symlink_to(tmp_path / "elsewhere")
@@ -362,7 +401,8 @@ def test_a_changed_companion_is_seen(model, name):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", ".cache/x.json", "original/params.json",
-                                  "model.gguf", "__pycache__/x.pyc"])
+                                  "model.gguf", "__pycache__/x.pyc", "notes.md",
+                                  "checkpoint-10/model.safetensors", "runs/events.log"])
 def test_what_nobody_reads_reruns_nothing(model, name):
     before = sources.fingerprint(model)
     path = model / name

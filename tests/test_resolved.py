@@ -39,13 +39,13 @@ def reads(monkeypatch):
 
 
 # What transformers loads whole is verified by itself: for the walk's agreement, for perplexity, for
-# the bench. `fingerprint` looks at the config alone.
+# the bench. `fingerprint` looks at the config alone, and a text is held against the vocabulary.
 
 def test_a_run_reads_the_dense_model_s_config_once_and_opens_its_weights_once(tmp_path, reads):
     configs, opened = reads
     api.run(SMOKE, runs=tmp_path)
     assert opened.count(PICO) == 1 + 3
-    assert configs.count(PICO) == 1 + 3 + 1
+    assert 1 + 3 + 1 <= configs.count(PICO) <= 1 + 3 + 1 + 3  # token ids may be known already
 
 
 def test_a_single_stage_opens_the_dense_model_once(tmp_path, reads, smoke):

@@ -15,6 +15,7 @@ from bipdeploy.data.sampling import PER_TOKEN
 from bipdeploy.data.text import Text
 from bipdeploy.errors import InputError
 from bipdeploy.model import loading, sources
+from bipdeploy.model.checkpoint import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,11 @@ def _token_ids(text: Text, folder: Path, _: tuple[tuple[Path, int], ...]) -> tor
 
     tokens = tokenizer(folder)
     if text.conversations:
-        return torch.tensor([i for ids in _encoded(written(text, tokens), tokens) for i in ids])
-    # verbose=False: a text longer than the model's maximum is expected here; windows cut it.
-    return torch.tensor(tokens(text.joined(), verbose=False)["input_ids"])
+        found = [i for ids in _encoded(written(text, tokens), tokens) for i in ids]
+    else:
+        # verbose=False: a text longer than the model's maximum is expected; windows cut it.
+        found = tokens(text.joined(), verbose=False)["input_ids"]
+    return require_known(torch.tensor(found), folder)
 
 
 def written(text: Text, tokens: Any) -> list[str]:
@@ -92,7 +95,7 @@ def leading(text: Text, folder: Path, limit: int | None) -> Leading:
             found = (_first_said if text.conversations else _first_of)(
                 text, tokens, limit, beginning)
             if found is not None:
-                return found
+                return found._replace(ids=require_known(found.ids, folder))
             beginning *= 4
     ids = token_ids(text, folder)
     whole = "".join(written(text, tokenizer(folder))) if text.conversations else text.joined()
@@ -145,6 +148,18 @@ def _settled(margin: str, tokens: Any) -> bool:
     crossing = re.compile("[^\u2581]\u2581")
     return (len(crossing.findall(margin)) >= _WORDS
             and not any(crossing.search(token) for token in tokens.get_vocab()))
+
+
+def require_known(ids: torch.Tensor, folder: Path) -> torch.Tensor:
+    """The ids, all of which a model has embeddings for. Raises InputError naming one that it has
+    not."""
+    rows = read_config(folder).get("vocab_size")
+    if isinstance(rows, int) and ids.numel() and (highest := int(ids.max())) >= rows:
+        said = tokenizer(folder).convert_ids_to_tokens(highest)
+        raise InputError(f"{folder}: the text holds token {highest} ({said!r}), and the model's "
+                         f"embeddings have {rows} rows; take that token out of the tokenizer or "
+                         "of the text, or resize the embeddings (resize_token_embeddings)")
+    return ids
 
 
 def draw(ids: torch.Tensor, samples: int, tokens: int, seed: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from bipdeploy.exporters.portability import Question
 from bipdeploy.model import loading, routes
 from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.checkpoint import Checkpoint
+from bipdeploy.model.folder import require_own_code
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
@@ -32,6 +33,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Write the folder and its quantised copies, and run them. Raises StageError where the graph
     does not agree with the sliced model; of quantised weights the difference is recorded."""
     section, source = job.recipe.export.onnx, Checkpoint(job.inputs["pruned"])
+    require_own_code(source.config, trusted=job.recipe.model.trust_remote_code)
     style, dtype = style_and_dtype(job)
     onnx_folder.write(source, out, style=style, dtype=dtype)
     copies = {name: out.with_name(f"{out.name}-{name}") for name in section.quantize}

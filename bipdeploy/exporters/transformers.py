@@ -8,7 +8,7 @@ from typing import Any
 from bipdeploy.errors import StageError
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint
-from bipdeploy.model.folder import add_code, copy_checkpoint
+from bipdeploy.model.folder import add_code, copy_checkpoint, require_own_code
 from bipdeploy.model.formats import is_per_block
 from bipdeploy.model.walk import TOLERANCE, logits_difference
 from bipdeploy.planning.job import Job
@@ -20,6 +20,7 @@ PROBE_TOKENS = 64
 def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     """Write the folder and load it back; its logits must equal those of the repaired model."""
     source = Checkpoint(job.inputs["pruned"])
+    require_own_code(source.config, trusted=job.recipe.model.trust_remote_code)
     copy_checkpoint(source, out)
     per_block = is_per_block(source.config)
     if per_block:

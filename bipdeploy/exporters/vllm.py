@@ -13,7 +13,7 @@ from bipdeploy.model import routes
 from bipdeploy.model.blocks import compute_device, release_memory
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.families import Architecture
-from bipdeploy.model.folder import add_code, copy_checkpoint
+from bipdeploy.model.folder import add_code, copy_checkpoint, require_own_code
 from bipdeploy.model.formats import ZERO_ATTENTION, is_per_block, vllm_config
 from bipdeploy.model.routes import ROUTES
 from bipdeploy.planning.job import Job
@@ -27,6 +27,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     is always here, does not agree with the sliced model; what vLLM does is recorded, and the
     figure `vllm.verified` is 1 where every way that was tried works."""
     source = Checkpoint(job.inputs["pruned"])
+    require_own_code(source.config, trusted=job.recipe.model.trust_remote_code)
     write(source, out, job.recipe.hardware.tensor_parallel)
     config = Checkpoint(out).config
     per_block = is_per_block(config)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bipdeploy.data import windows
 from bipdeploy.errors import InputError, StageError
@@ -237,8 +237,11 @@ def _wrapped(model: torch.nn.Module, tokenizer: Path, batch: int, advance: Calla
                                        for _, context, answer in requests))
             return super()._loglikelihood_tokens(requests, True, override_bs)
 
+    tokens, config = windows.tokenizer(tokenizer), cast(Any, model.config)
+    if (tokens.pad_token_id or 0) >= config.vocab_size:  # what pads is masked, so any will do
+        tokens.pad_token = tokens.eos_token
     # In 16 bits the sum over the vocabulary would round away what separates two answers.
-    wrapped = Wrapped(pretrained=model, backend="causal", tokenizer=windows.tokenizer(tokenizer),
+    wrapped = Wrapped(pretrained=model, backend="causal", tokenizer=tokens,
                       batch_size=batch, softmax_dtype="float32")
     wrapped.cache_hook = Hook()
     return wrapped

@@ -27,11 +27,12 @@ def require(checkpoint: Checkpoint) -> None:
     checkpoint.verify()
     _require_one_head(checkpoint)
     rows, folder = checkpoint.architecture.vocabulary, checkpoint.folder
-    for where, name, token in _stated(folder, checkpoint.config):
+    for name, token in _stated(folder, checkpoint.config):
         # -1, for none, is how older configurations say it.
         if not -1 <= token < rows:
-            raise InputError(f"{folder / where}: {name}: {token} is beyond the vocabulary, whose "
-                             f"embeddings have {rows} rows; correct it, or resize the embeddings")
+            raise InputError(f"{folder}/config.json: {name}: {token} is beyond the vocabulary, "
+                             f"whose embeddings have {rows} rows; correct it, or resize the "
+                             "embeddings")
     for token, text in _tokens(folder):
         if token >= rows:
             raise InputError(f"{folder}/tokenizer.json: token {token} ({text!r}) is beyond the "
@@ -53,23 +54,23 @@ def _require_one_head(checkpoint: Checkpoint) -> None:
                      f"config.json, or take {HEAD} out")
 
 
-def _stated(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """Every token id that a file of the folder states: the file, the key, the id."""
-    found = {"config.json": config, "generation_config.json": _json(folder /
-                                                                    "generation_config.json")}
-    for where, stated in found.items():
-        for name in _IDS:
-            value = stated.get(name)
-            for token in value if isinstance(value, list) else [value]:
-                if isinstance(token, int) and not isinstance(token, bool):
-                    yield where, name, token
-                elif token is not None:
-                    raise InputError(f"{folder / where}: {name}: {token!r} is no token id; write a "
-                                     "whole number")
+def _stated(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every token id that the config states: the key, and the id. (Those of generation_config.json
+    are dropped where they are none: nothing is looked up by them.)"""
+    for name in _IDS:
+        value = config.get(name)
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and not isinstance(token, bool):
+                yield name, token
+            elif token is not None:
+                raise InputError(f"{folder}/config.json: {name}: {token!r} is no token id; write a "
+                                 "whole number")
 
 
 def _tokens(folder: Path) -> Iterator[tuple[int, str]]:
-    """Ids and texts of a `tokenizer.json`, where there is one that can be read."""
+    """Ids and texts of a `tokenizer.json`'s own vocabulary, where there is one that can be read.
+    Tokens that were added to it may lie beyond the model's rows: few texts hold one, and what they
+    are cut into is looked at then."""
     stated = _json(folder / "tokenizer.json")
     model = stated.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -77,10 +78,6 @@ def _tokens(folder: Path) -> Iterator[tuple[int, str]]:
         yield from ((token, text) for text, token in vocabulary.items() if isinstance(token, int))
     elif isinstance(vocabulary, list):  # Unigram: pairs of text and score
         yield from enumerate(str(pair[0]) for pair in vocabulary if isinstance(pair, list) and pair)
-    added = stated.get("added_tokens")
-    for token in added if isinstance(added, list) else []:
-        if isinstance(token, dict) and isinstance(token.get("id"), int):
-            yield token["id"], str(token.get("content"))
 
 
 def _json(path: Path) -> dict[str, Any]:

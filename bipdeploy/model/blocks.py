@@ -158,6 +158,7 @@ class BlockWalker:
         self.config = loading.load_config(self.checkpoint.folder,
                                           trust_remote_code=section.trust_remote_code)
         self.config._attn_implementation = "sdpa"
+        self.trusted = section.trust_remote_code
         self._torch = torch
 
     def __len__(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from bipdeploy.errors import InputError
 from bipdeploy.model.checkpoint import Checkpoint, write_companions
 from bipdeploy.model.formats import CODE_FILE
 from bipdeploy.running.artifacts import link_or_copy
@@ -20,6 +23,19 @@ def copy_checkpoint(source: Checkpoint, out: Path) -> None:
         elif path.is_file():
             shutil.copyfile(path, out / path.name)
     write_companions(source.folder, out)  # those in folders of their own
+
+
+def require_own_code(config: Mapping[str, Any], *, trusted: bool) -> None:
+    """Raise InputError where a config names code that is not ours, unless the recipe trusts it: an
+    export is tried by running what it carries."""
+    named = config.get("auto_map")
+    classes = named.values() if isinstance(named, Mapping) else [named] if named else []
+    foreign = [str(name) for name in classes
+               if not str(name).startswith(f"{CODE_FILE.removesuffix('.py')}.")]
+    if foreign and not trusted:
+        raise InputError(f"config.json: auto_map names code of its own ({foreign[0]}), which the "
+                         "export would run; set model.trust_remote_code: true if you trust it, or "
+                         "take auto_map out")
 
 
 def add_code(out: Path) -> None:

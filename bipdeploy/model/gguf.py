@@ -12,7 +12,6 @@ becomes float32.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +21,7 @@ from bipdeploy.errors import InputError
 from bipdeploy.model import gguf_tokenizer
 from bipdeploy.model.checkpoint import CheckpointWriter, read_config
 from bipdeploy.model.gguf_file import GgufFile
-from bipdeploy.running import artifacts
+from bipdeploy.running import artifacts, cache
 
 SOURCE = "source.json"  # beside the weights: what they were made from
 _VERSION = 1  # of what is written; raise it, and what was written before is not used again
@@ -44,36 +43,19 @@ def converted(path: Path) -> Path:
     `source.json` beside its weights. Raises InputError with one line where the file is damaged or
     holds what is not read; StageError where the disk is full.
     """
-    from filelock import FileLock
-
-    folder = _folder(path)
-    place = folder.parent
-    if (folder / SOURCE).is_file():
-        return folder
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(place.with_suffix(".lock")).acquire()  # two runs may begin together
-    except OSError as error:
-        raise InputError(f"cannot write to {place.parent} ({error.strerror}), where {path} is to "
-                         "be written out; set XDG_CACHE_HOME to another folder") from error
-    with held:
-        if not (folder / SOURCE).is_file():
-            with artifacts.writing(place) as partial:
-                write(path, partial / "model")
-    return folder
+    place = cache.made("gguf", _key(path), path, lambda place: write(path, place / "model"))
+    return place / "model"
 
 
 def config(path: Path) -> dict[str, Any]:
     """The `config.json` that `converted` writes, from the file's header (seconds, where it was
     not written out yet). Raises as it does."""
-    folder = _folder(path)
+    folder = cache.home() / "gguf" / _key(path) / "model"
     return read_config(folder) if (folder / SOURCE).is_file() else GgufFile(path).config
 
 
-def _folder(path: Path) -> Path:
-    """Where a file is written out."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "bipdeploy" / "gguf" / artifacts.digest([_sha256(path), _VERSION]) / "model"
+def _key(path: Path) -> str:
+    return artifacts.digest([_sha256(path), _VERSION])
 
 
 def _sha256(path: Path) -> str:

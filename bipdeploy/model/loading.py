@@ -85,13 +85,15 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, *,
     return _model(folder, dtype, trust_remote_code).to(device).eval()
 
 
-def open_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def open_model(folder: Path, dtype: torch.dtype, device: torch.device, *,
+               trust_remote_code: bool = False) -> Any:
     """A model as `load_model` gives it, whose blocks stay on the disk: transformers reads each
     when it comes to it, and lets go of it again. For a forward pass or two."""
     outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     places = {**dict.fromkeys(outside, str(device)), "model.layers": "disk"}
     with TemporaryDirectory() as unused:  # safetensors are read where they are
-        return _model(folder, dtype, device_map=places, offload_folder=unused).eval()
+        return _model(folder, dtype, trust_remote_code, device_map=places,
+                      offload_folder=unused).eval()
 
 
 def _model(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any

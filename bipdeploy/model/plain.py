@@ -6,8 +6,6 @@ names that a wrapper has put a prefix before lose it, tensor by tensor.
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +16,7 @@ from bipdeploy.errors import InputError
 from bipdeploy.model import weights
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.families import DEQUANTIZED, architecture
-from bipdeploy.running import artifacts, machine, places
+from bipdeploy.running import artifacts, cache, machine
 
 SOURCE = "source.json"  # beside the weights: what they were made from
 # What transformers can dequantise while it loads: method → its class and the options for that.
@@ -57,18 +55,19 @@ def written(folder: Path, config: Mapping[str, Any], key: Callable[[], str], *,
         make = partial(_dequantize, folder, config, known)
     else:
         return folder
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     versions = [machine.version_of(name) for name in ("transformers", "compressed-tensors")]
-    place = home / "bipdeploy" / "plain" / artifacts.digest([key(), known and versions])[:24]
-    if not (place / "model" / SOURCE).is_file():
-        with places.alone(place, "XDG_CACHE_HOME"), artifacts.writing(place) as partial_place:
-            made = make(partial_place / "model")
-            (partial_place / "model" / SOURCE).write_text(json.dumps(made) + "\n")
-    return place / "model"
+
+    def write(place: Path) -> None:
+        artifacts.write_json(place / SOURCE, make(place / "model"))
+        (place / SOURCE).rename(place / "model" / SOURCE)
+
+    digest = artifacts.digest([key(), known and versions])[:24]
+    return cache.made("plain", digest, folder, write) / "model"
 
 
 def _unwrap(folder: Path, config: Mapping[str, Any], wrapper: str, out: Path) -> dict[str, Any]:
-    found = weights.wrapped(folder)
+    weights.require_own(folder, config)
+    found = weights.stored(folder)
     with CheckpointWriter(out, config, folder) as writer:
         for name, entry in found.items():
             writer.add({name.removeprefix(wrapper): entry.read()})
@@ -85,6 +84,7 @@ def _dequantize(folder: Path, config: Mapping[str, Any], known: str, out: Path
         raise InputError(f"model.dequantize: {folder} is quantised by {known}, which is not "
                          f"dequantised here (known: {', '.join(METHODS)}); give the model that it "
                          "was made from")
+    weights.entries(folder, config)  # no pickles, no adapters
     name, options = METHODS[known]
     stated = {k: v for k, v in config["quantization_config"].items() if k != "quant_method"}
     quantization = getattr(transformers, name)(**{**stated, **options})
@@ -94,14 +94,17 @@ def _dequantize(folder: Path, config: Mapping[str, Any], known: str, out: Path
             warnings.simplefilter("ignore", UserWarning)  # that the options go before the config's
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16, quantization_config=quantization,
-                output_loading_info=True)
+                output_loading_info=True,
+                use_safetensors=True, trust_remote_code=False,
+                generation_config=transformers.GenerationConfig())
     except Exception as error:  # the quantisers raise what they like
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.dequantize: {folder} ({known}) cannot be read by transformers "
                          f"{transformers.__version__}: {line[:160]}; give the model that it was "
                          "made from") from error
     model, said = loaded
-    lost = sorted({*said["missing_keys"], *map(str, said["mismatched_keys"])} - {"lm_head.weight"})
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    lost = sorted({*said["missing_keys"], *map(str, said["mismatched_keys"])} - tied)
     if lost:
         raise InputError(f"model.dequantize: transformers {transformers.__version__} does not find "
                          f"{lost[0]} ({len(lost)} tensors) in {folder} ({known}); give the model "

@@ -13,15 +13,14 @@ from typing import Any
 
 from bipdeploy.errors import InputError, did_you_mean
 from bipdeploy.model import gguf, hub, plain
-from bipdeploy.model.checkpoint import read_config
+from bipdeploy.model.checkpoint import companions, read_config
 from bipdeploy.recipe.model import ModelSection
 
 BUILTIN_FOLDER = Path(__file__).parent.parent / "builtin"
 BUILTIN_MODELS = ("pico",)
 _WHOLE_HASH_BYTES = 64 << 20
-# What repositories hold besides, and nobody here reads.
-_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
-_OTHER_FOLDERS = {"original", "onnx"}
+# What is read of a folder, besides what is copied from it.
+_READ = {".json", ".safetensors", ".py"}
 _running_code: set[Path] = set()
 
 
@@ -128,23 +127,22 @@ def fingerprint(folder: Path) -> str:
     """A hash that changes when the model does: all that is read or copied, code and templates too.
 
     Small files are hashed whole; of a large one the name, size, time and first MiB (which
-    holds the safetensors header) are. Weights in other formats, and what is hidden, are left out.
+    holds the safetensors header) are.
     """
     digest = hashlib.sha256()
     read_config(folder)  # one clear line where this is no model folder
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder)):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
-        with path.open("rb") as file:
-            if size > _WHOLE_HASH_BYTES:
-                digest.update(str(path.stat().st_mtime_ns).encode())
-                digest.update(file.read(1 << 20))
-            else:
-                digest.update(file.read())
+    top = {path for path in folder.iterdir() if path.suffix in _READ and path.is_file()}
+    for path in sorted(top | set(companions(folder))):
+        try:
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder).as_posix()}:{size}".encode())
+            with path.open("rb") as file:
+                if size > _WHOLE_HASH_BYTES:
+                    digest.update(str(path.stat().st_mtime_ns).encode())
+                    digest.update(file.read(1 << 20))
+                else:
+                    digest.update(file.read())
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}; correct its rights, or "
+                             "remove it") from error
     return digest.hexdigest()
-
-
-def _counts(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    return (path.suffix not in _OTHER_WEIGHTS and parts[0] not in _OTHER_FOLDERS
-            and not any(part.startswith((".", "__pycache__")) for part in parts))

@@ -30,6 +30,12 @@ def entries(folder: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
     model (saved without its head) get their `model.` back. Raises InputError where there are no
     weights, where a file is missing or damaged, or where transformers would read something else.
     """
+    require_own(folder, config)
+    return _renamed(stored(folder), folder)
+
+
+def require_own(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError where transformers would load other weights than the folder's usual ones."""
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} has an adapter_config.json, so transformers would load another "
                          "model and put adapters on it; merge them first (merge_and_unload), and "
@@ -37,7 +43,6 @@ def entries(folder: Path, config: Mapping[str, Any]) -> dict[str, Entry]:
     if config.get("transformers_weights"):
         raise InputError(f"{folder}/config.json: transformers_weights names other weights than "
                          f"{SINGLE}, which are not read; save the model again without it")
-    return _renamed(_stored(folder), folder)
 
 
 def wrapper(folder: Path) -> str | None:
@@ -45,16 +50,12 @@ def wrapper(folder: Path) -> str | None:
     only some have it. Raises InputError as `entries`."""
     if not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
         return None
-    names = list(_stored(folder))
+    names = list(stored(folder))
     return next((own for own in WRAPPERS if all(name.startswith(own) for name in names)), None)
 
 
-def wrapped(folder: Path) -> dict[str, Entry]:
-    """Where every tensor is, by the name that is stored."""
-    return _stored(folder)
-
-
-def _stored(folder: Path) -> dict[str, Entry]:
+def stored(folder: Path) -> dict[str, Entry]:
+    """Where every tensor is, by the name that is stored. Raises InputError as `entries`."""
     if (folder / SINGLE).is_file():
         return tensor_file.entries(folder / SINGLE)
     if (folder / INDEX).is_file():
@@ -106,8 +107,8 @@ def _renamed(found: dict[str, Entry], folder: Path) -> dict[str, Entry]:
     for wrapper in WRAPPERS:
         if any(name.startswith(wrapper) for name in found):
             raise InputError(f"{folder}: tensor {next(n for n in found if n.startswith(wrapper))}: "
-                             f"some names begin with {wrapper!r} and some do not; save the model "
-                             f"that is inside ({_inside(wrapper)}), or rename the tensors")
+                             f"names begin with {wrapper!r}, not all of them or in a model that is "
+                             f"not read from there; save the model inside ({_inside(wrapper)})")
     if "model.embed_tokens.weight" in found or "embed_tokens.weight" not in found:
         return found
     return {name if name.startswith(("lm_head.", "model.")) else f"model.{name}": entry

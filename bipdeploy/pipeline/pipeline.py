@@ -81,7 +81,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
     resolved = fetched(resolved)
     folder = runs / recipe.name
     _writable(folder)
-    with places.alone(folder, "--runs"):
+    with places.alone(folder, "--runs", inside=True):
         resolved = timed(resolved, reporting)
         keys = stage_keys(resolved)
         due = _due(names, folder, keys, force, start)
@@ -97,10 +97,16 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
             with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
                 inputs = inputs_of(name, folder, resolved.dense)
                 run_stage(name, recipe, inputs, folder / name, keys[name], reporter, resolved,
-                          {inputs[made]: keys[made] for made in inputs if made in STAGES})
+                          {folder / made: keys[made] for made in _made_by(inputs, folder)})
             result.ran.append(name)
             _write_run_manifest(resolved, folder, keys)
     return result
+
+
+def _made_by(inputs: Mapping[str, Path], folder: Path) -> set[str]:
+    """The stages of a run in whose folders inputs lie."""
+    return {path.relative_to(folder).parts[0] for path in inputs.values()
+            if path.is_dir() and path.is_relative_to(folder)} & STAGES.keys()
 
 
 def _require_places(resolved: Resolved, folder: Path, due: Sequence[str]) -> None:

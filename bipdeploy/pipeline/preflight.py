@@ -9,7 +9,7 @@ from bipdeploy.errors import InputError
 from bipdeploy.exporters.table import EXPORTERS
 from bipdeploy.measuring import tasks
 from bipdeploy.measuring.table import ENGINES
-from bipdeploy.model import agreement, sources
+from bipdeploy.model import agreement, sources, weights
 from bipdeploy.model.families import Architecture, architecture
 from bipdeploy.ort import installed
 from bipdeploy.planning.resolved import Resolved, resolve
@@ -99,7 +99,8 @@ def check_offline(recipe: Recipe) -> None:
     if sources.is_local(recipe.model.id):
         resolved = resolve(recipe)
         refuse(resolved)
-        if resolved.folder and not recipe.model.dequantize:  # else it is written out first
+        # What is no plain checkpoint is written out first.
+        if resolved.folder and not (recipe.model.dequantize or weights.wrapper(resolved.folder)):
             agreement.require(resolved.checkpoint)
     else:
         check_texts(recipe)

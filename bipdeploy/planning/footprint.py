@@ -99,6 +99,8 @@ def memory(s: Sizes) -> dict[str, float]:
     jointly = 8 * 3 * dense_inputs * (dense_inputs + arch.hidden)
     scoring = (walking + ("gradients" in needs) * windows * len(arch.blocks)
                + ("outer" in needs) * jointly)
+    # Before, transformers reads the model block by block, its embeddings and head whole.
+    scoring = max(scoring, (block + 2 * table) * value)
     gram = (jointly if recipe.recover.refit.reselect and recipe.recover.method == "refit"
             else 8 * (2 * inputs ** 2 + 3 * inputs * arch.hidden))
     writing = s.stored * max(table, 2 * block)

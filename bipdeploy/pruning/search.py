@@ -18,11 +18,11 @@ from itertools import pairwise
 
 import torch
 
+from bipdeploy.model import finite
 from bipdeploy.model.activations import Batches, Keep, replace
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.cost import Cost, parameters
 from bipdeploy.model.families import Architecture, BlockWidths
-from bipdeploy.pruning import finite
 from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.allocation import keep as best
 from bipdeploy.pruning.refit import RidgeProblem

@@ -47,8 +47,12 @@ def writing(final: Path) -> Iterator[Path]:
 
 
 def _restore(old: Path, final: Path) -> None:
-    """Put back what stood at `final`, where a process was stopped between the two renames."""
-    if old.is_dir() and not final.exists():
+    """Put back what stood at `final`, where a process was stopped between the two renames, or while
+    contents were exchanged."""
+    if _filling(final).exists():
+        _fill(final, old)
+        _filling(final).unlink()
+    elif old.is_dir() and not final.exists():
         old.rename(final)
 
 
@@ -70,12 +74,20 @@ def _swap(partial: Path, final: Path, old: Path) -> None:
         if not final.is_dir():
             raise
     shutil.copytree(final, old, symlinks=True)
+    _filling(final).touch()
     try:
         _fill(final, partial)
     except BaseException:
         _fill(final, old)
         raise
+    finally:
+        _filling(final).unlink()
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _filling(final: Path) -> Path:
+    """The file that is there while a folder's contents are exchanged."""
+    return final.with_name(f".{final.name}.filling")
 
 
 def _fill(folder: Path, source: Path) -> None:

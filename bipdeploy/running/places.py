@@ -17,8 +17,8 @@ from bipdeploy.running import artifacts
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# What file managers and Python leave in folders by themselves.
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__"}
+# What file managers and Python leave in folders by themselves, beside what is hidden.
+_LITTER = {"Thumbs.db", "desktop.ini", "__pycache__"}
 
 
 def require_place(out: Path, stage: str, inputs: Iterable[Path], *, force: bool = False,
@@ -31,7 +31,10 @@ def require_place(out: Path, stage: str, inputs: Iterable[Path], *, force: bool 
     """
     other = f"give another folder with {option}"
     real = out.resolve()
-    for what, place in (("your home folder", Path.home()), ("the folder you are in", Path.cwd())):
+    homes = [("the folder you are in", Path.cwd())]
+    with suppress(RuntimeError):  # nobody's, as in some containers
+        homes.append(("your home folder", Path.home()))
+    for what, place in homes:
         if place.resolve().is_relative_to(real):
             raise InputError(f"{option}: {out} is, or holds, {what}; {other}")
     require_apart(real, inputs, option)
@@ -39,12 +42,13 @@ def require_place(out: Path, stage: str, inputs: Iterable[Path], *, force: bool 
         return None
     if not out.is_dir():
         raise InputError(f"cannot write to {out}: it is a file; {other}")
-    found = sorted(p for p in out.rglob("*") if not _LITTER & set(p.relative_to(out).parts))
+    found = sorted(p for p in out.rglob("*") if not any(
+        part in _LITTER or part.startswith(".") for part in p.relative_to(out).parts))
     if not found:
         return None
     why = _foreign(out, stage, found, set(known))
     if why and not force:
-        hint = ", or --force to replace it" if option == "--out" else ""
+        hint = ", or --force to replace it" if option == "--out" else ", or remove it"
         raise InputError(f"cannot write to {out}: {why}; {other}{hint}")
     if why:
         size = sum(p.stat().st_size for p in found if p.is_file())
@@ -78,13 +82,14 @@ def require_apart(out: Path, inputs: Iterable[Path], option: str = "--out", *,
 
 
 @contextmanager
-def alone(folder: Path, option: str = "--out") -> Iterator[None]:
-    """Hold a folder's lock, in a file beside it that goes with it. The lock of a process that died
-    is free. Raises InputError that names the process that holds it.
+def alone(folder: Path, option: str = "--out", *, inside: bool = False) -> Iterator[None]:
+    """Hold a folder's lock, in a file that goes with it: beside the folder or, where it is never
+    replaced as a whole, `inside`. The lock of a process that died is free. Raises InputError that
+    names the process that holds it.
     """
     from filelock import Timeout
 
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder / ".lock" if inside else folder.with_name(f".{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquired(path)
@@ -108,14 +113,16 @@ def _acquired(path: Path) -> BaseFileLock:
     from filelock import FileLock
 
     while True:
-        path.touch()
-        before = path.stat().st_ino
-        lock = FileLock(path, timeout=0)
-        lock.acquire()
-        with suppress(OSError):
-            if path.stat().st_ino == before:
-                return lock
-        lock.release()
+        with suppress(FileNotFoundError):  # its holder has just removed it: again
+            path.touch()
+            before = path.stat().st_ino
+            lock = FileLock(path, timeout=0)
+            lock.acquire()
+            # While it was open its number could not be another file's.
+            with suppress(OSError):
+                if path.stat().st_ino == before:
+                    return lock
+            lock.release()
 
 
 def _owner(path: Path) -> str:

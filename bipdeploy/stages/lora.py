@@ -11,7 +11,7 @@ import torch
 
 from bipdeploy.data import chat, sampling, text
 from bipdeploy.data.calibration import training_split
-from bipdeploy.data.windows import token_ids, tokenizer, written
+from bipdeploy.data.windows import require_known, token_ids, tokenizer, written
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.model import loading, sources
 from bipdeploy.model.blocks import compute_device, release_memory
@@ -133,6 +133,7 @@ def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
                          f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
                          f"{section.validation.windows} + {section.batch}; "
                          f"{_more_windows(section, documents, windows)}")
+    require_known(windows.ids, model)
     conversations = isinstance(source, text.Text) and source.conversations
     return windows, {"data": source.name, "split": source.split,
                      "format": "conversations" if conversations else section.format,

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 
 from bipdeploy.data.calibration import calibration_batches
+from bipdeploy.model import finite
 from bipdeploy.model.activations import Batches, Keep, keeping
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import CheckpointWriter
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.model.formats import biased_config
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning import finite
 from bipdeploy.pruning.allocation import Kept
 from bipdeploy.pruning.refit import MeanShift, RidgeProblem, best_ridge
 from bipdeploy.pruning.reselection import choose

@@ -14,13 +14,12 @@ from safetensors.torch import save_file
 
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.errors import InputError
-from bipdeploy.model import sources
+from bipdeploy.model import finite, sources
 from bipdeploy.model.activations import Batches, Keep, keeping, replace
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import opened
 from bipdeploy.model.walk import require_agreement
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning import finite
 from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.criteria.gradients import blocks_backwards
 from bipdeploy.pruning.criteria.llm_bip import head_bound, measured_change, rank_correlation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +55,6 @@ def _take(name: str, key: str, folder: Path) -> None:
 def turn(stage: str) -> Iterator[Silent]:
     """A trial's stage on this machine: what is timed waits until it is the only one, and others
     wait for it. Holds for all sweeps of one user; other programs are not kept away."""
-    lock = Path(tempfile.gettempdir()) / f"bipdeploy-{getpass.getuser()}.lock"
+    lock = Path(tempfile.gettempdir()) / f"bipdeploy-{os.getuid()}.lock"
     with locked(lock, shared=stage not in ("bench", "profile")):
         yield Silent()

@@ -71,7 +71,7 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """The trials of a recipe's section `sweep`. Raises InputError for all that cannot be run."""
     _require_fields(recipe)
-    resolved = resolve(recipe)
+    resolved = pipeline.fetched(resolve(recipe))
     made: dict[str, Trial] = {}
     faults: dict[str, None] = {}
     for choice in _choices(recipe):
@@ -147,9 +147,10 @@ def _trial(resolved: Resolved, choice: Choice) -> Trial:
         raise InputError("evaluate.perplexity.enabled: false, and perplexity is what a sweep "
                          "weighs against speed; set it to true")
     of_own = resolved.under(own)
+    if own.model != recipe.model:
+        of_own = pipeline.fetched(of_own)
     refuse(of_own)
-    dense = pipeline.fetched(of_own).dense
-    return Trial(name, label, settings, own, _key(recipe, own, dense),
+    return Trial(name, label, settings, own, _key(recipe, own, of_own.dense),
                  artifacts.digest([plain(getattr(own, s)) for s in _SHAPE]))
 
 
