@@ -151,9 +151,9 @@ def _settled(margin: str, tokens: Any) -> bool:
 
 
 def require_known(ids: torch.Tensor, folder: Path) -> torch.Tensor:
-    """The ids, all of which a model has embeddings for. Raises InputError naming one that it has
-    not."""
-    rows = read_config(folder).get("vocab_size")
+    """The ids, all of which the folder's model has embeddings for, where there is one. Raises
+    InputError naming an id that it has none for."""
+    rows = read_config(folder).get("vocab_size") if (folder / "config.json").is_file() else None
     if isinstance(rows, int) and ids.numel() and (highest := int(ids.max())) >= rows:
         said = tokenizer(folder).convert_ids_to_tokens(highest)
         raise InputError(f"{folder}: the text holds token {highest} ({said!r}), and the model's "
