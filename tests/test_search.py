@@ -8,15 +8,23 @@ import pytest
 import torch
 
 from bipdeploy import api
+from bipdeploy.data.calibration import calibration_batches
+from bipdeploy.model import sources
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.families import BlockWidths
+from bipdeploy.pruning import curves as curve_costs
 from bipdeploy.pruning import search
 from bipdeploy.pruning.allocation import BlockScores, keep, part_widths
+from bipdeploy.pruning.criteria.llm_bip import rank_correlation
+from bipdeploy.pruning.curves import Text
 from bipdeploy.pruning.divisibility import faults
 from bipdeploy.pruning.search import Curve
+from bipdeploy.recipe import file
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.running import artifacts
+from bipdeploy.stages import prune, score
+from tests.running import RECIPES
 from tests.sliced import (
     architecture_of,
     draw_kept,
@@ -49,9 +57,10 @@ def test_divergence_is_that_of_the_dense_model_with_the_groups_masked(variant, p
     arch = architecture_of(variant)
     scores, ids = drawn_scores(arch), token_windows(2, 24)
     width = 1 if part == "heads" else 40
-    curves = search.measure(
-        BlockWalker(variant, ModelSection(id=str(variant), device="cpu", dtype="float32")), [ids],
-        scores, lambda block, p: [width] if (block, p) == (1, part) else [], refit=None)
+    curves = curve_costs.measured(
+        BlockWalker(variant, ModelSection(id=str(variant), device="cpu", dtype="float32")),
+        Text([ids], [], None),
+        scores, lambda block, p: [width] if (block, p) == (1, part) else [])
     curve = next(c for c in curves if (c.block, c.part) == (1, part))
     kept = draw_kept(arch, [(w.kv_heads, w.intermediate) for w in arch.blocks])
     best = keep(scores[1], BlockWidths(0, width, arch.blocks[1].intermediate)
@@ -69,9 +78,11 @@ def test_the_dense_width_costs_nothing_and_a_refit_costs_less_than_none(tiny):
     walker = BlockWalker(tiny, ModelSection(id=str(tiny), device="cpu"))
 
     def total(refit: float | None) -> float:
-        curves = search.measure(walker, [ids], scores, lambda _, part: (
-            [1, 2] if part == "heads" else [48, 96]), refit=refit)
-        assert all(curve.divergences[1] < 1e-6 for curve in curves)
+        curves = curve_costs.measured(
+            walker, Text([ids[:4]], [ids[4:]], refit), scores,
+            lambda _, part: [1, 2] if part == "heads" else [48, 96])
+        assert [(c.block, c.part) for c in curves] == list(product(range(3), ("heads", "ffn")))
+        assert all(curve.divergences[1] == 0 for curve in curves)
         return sum(curve.divergences[0] for curve in curves)
 
     assert total(1e-3) < total(None)
@@ -112,6 +123,85 @@ def test_widths_of_parts_that_are_not_pruned_stay_dense(tiny):
     assert widths(0, "ffn") == [96]
     assert widths(1, "ffn") == list(range(8, 97, 8))
     assert part_widths(arch, section, tensor_parallel=2)(2, "ffn") == list(range(8, 97, 8))
+
+
+def test_the_fisher_form_is_the_divergence_of_small_errors(variant):
+    """Of one block's outputs: halving the error brings the two nearer to each other."""
+    walker = BlockWalker(variant, ModelSection(id=str(variant), device="cpu", dtype="float32"))
+    text = Text([token_windows(8, 32)], [], None)
+    index, block, _, sensings = next(found for found in curve_costs.backwards(
+        walker, text, seed=0, draws=256) if found[0] == 1)
+    gradients = sensings["ffn"][0][1]
+    hidden = block(walker.block(0, 32)(walker.embed(text.judged)[0]))
+    later, head = [walker.block(i, 32) for i in range(index + 1, len(walker))], walker.head()
+    direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+
+    def output(y: torch.Tensor) -> torch.Tensor:
+        for follows in later:
+            y = follows(y)
+        return head(y).double().log_softmax(-1)
+
+    apart = []
+    for size in (0.4, 0.1):
+        error = size * hidden.std() * direction
+        with torch.no_grad():
+            exact = curve_costs.divergence(output(hidden + error), output(hidden))
+        estimated = sum(curve_costs.fisher(g, error) for g in gradients) / len(gradients)
+        apart.append(abs(estimated / exact - 1))
+    assert apart[1] < 0.1
+    assert apart[1] < apart[0]
+
+
+def test_what_is_sensed_ranks_as_what_is_measured():
+    """On the built-in model, all widths of all parts together."""
+    recipe = file.load(RECIPES / "quickstart.yaml", ["calibration.samples=48",
+                                                     "prune.search.windows=16"])
+    walker = BlockWalker(sources.dense_folder(recipe.model), recipe.model)
+    drawn, _ = calibration_batches(recipe, walker.checkpoint.folder, 256)
+    text = prune.searched_text(recipe, torch.cat(drawn))
+    scores = [BlockScores(own.heads.tolist(), own.ffn.tolist())
+              for own in score.score_blocks(walker, drawn, recipe).scores]
+    choices = part_widths(walker.architecture, recipe.prune)
+
+    def widths(block: int, part: str) -> list[int]:
+        return search.spaced(choices(block, part), 4)
+
+    found = curve_costs.sensed(walker, text, scores, widths, seed=0)
+    expected = curve_costs.measured(walker, text, scores, widths)
+    assert [(c.block, c.part, c.widths) for c in found] == [
+        (c.block, c.part, c.widths) for c in expected]
+    assert [[d == 0 for d in c.divergences] for c in found] == [
+        [d == 0 for d in c.divergences] for c in expected]
+    assert rank_correlation(*(torch.tensor([d for c in curves for d in c.divergences if d])
+                              for curves in (found, expected))) > 0.97
+
+
+def test_refits_are_judged_by_windows_that_they_have_not_seen(tiny):
+    """Five tokens per input: a refit fits them all, which says nothing of others."""
+    arch = architecture_of(tiny)
+    scores, ids = drawn_scores(arch), token_windows(9, 8)
+    walker = BlockWalker(tiny, ModelSection(id=str(tiny), device="cpu"))
+
+    def total(judged: torch.Tensor) -> float:
+        return sum(curve.divergences[0] for curve in curve_costs.measured(
+            walker, Text([judged], [ids[:1]], 1e-6), scores,
+            lambda _, part: [96] if part == "heads" else [48]))
+
+    assert total(ids[1:]) > 2 * total(ids[:1])
+
+
+def test_windows_are_shared_out_between_refits_and_judgement(tiny):
+    def shared(*settings: str) -> tuple[int, int]:
+        recipe = file.build({"name": "shared", "model": {"id": str(tiny)}, "prune": {"ratio": 0.3}},
+                            "here", ["calibration.batch=2", *settings])
+        text = prune.searched_text(recipe, torch.arange(40).view(10, 4))
+        seen = torch.cat([*text.fitted, *text.judged])
+        assert seen.tolist() == torch.arange(40).view(10, 4)[-len(seen):].tolist()
+        return sum(map(len, text.fitted)), sum(map(len, text.judged))
+
+    assert shared("prune.search.windows=3") == (7, 3)
+    assert shared("prune.search.windows=32") == (5, 5)
+    assert shared("prune.search.windows=3", "recover.method=none") == (0, 3)
 
 
 @pytest.mark.parametrize("parallel", [1, 2])

@@ -23,8 +23,9 @@ from bipdeploy.planning.job import Job
 from bipdeploy.recipe.figures import compared
 from bipdeploy.running import artifacts
 
-# Largest difference of logits, as a share of the largest logit, by the type of the graph.
-TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+# Largest difference of logits, as a share of the largest logit, by the type of the graph. Float32:
+# the order of sums alone gave 1.7e-4 at 135M parameters.
+TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 NEW_TOKENS = 32
 PROMPTS = 4
 

@@ -107,8 +107,10 @@ def memory(s: Sizes) -> dict[str, float]:
     whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
     searching = 0.0
     if recipe.prune.layers == "searched":
-        share = min(1.0, recipe.prune.search.windows / calibration.samples)
-        searching = walking + windows * share * 2 * recipe.prune.search.points * len(arch.blocks)
+        # The sum that all refits of a part are made from, and the part of it that one solves.
+        searching = walking + 8 * 3 * dense_inputs * (dense_inputs + arch.hidden) + windows * (
+            len(arch.blocks) if recipe.prune.search.propagation == "sensitivity" else
+            2 + judged(recipe) * 2 * recipe.prune.search.points * len(arch.blocks))
     bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
     both = value * (arch.parameters() + s.pruned.parameters())
     cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
@@ -162,8 +164,12 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
                        for size in (w.heads * arch.head_dim, w.intermediate))
     searching = 0.0
     if recipe.prune.layers == "searched":
-        share = min(1.0, recipe.prune.search.windows / calibration.samples)
-        searching = passes * share * recipe.prune.search.points * (len(arch.blocks) + 1)
+        points, share = recipe.prune.search.points, judged(recipe)
+        searching = passes * (3 + share * (3 + points)
+                              if recipe.prune.search.propagation == "sensitivity" else
+                              1 + share * points * (len(arch.blocks) + 1))
+        searching += sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
+                         for size in (w.heads * arch.head_dim, w.intermediate))
     pruned = calibration.samples * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
     refit = sum(2 * tokens * size * size + size ** 3 / 3 for w in s.pruned.blocks
                 for size in (w.heads * arch.head_dim, w.intermediate))
@@ -188,6 +194,12 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
             "export": roof(0, 2 * s.weights),
             "evaluate": roof(read, 2 * weights) * perplexity.enabled,
             "bench": timed * bench.enabled, "gate": None, "report": None}
+
+
+def judged(recipe: Recipe) -> float:
+    """The share of the calibration windows that a search judges by, not fits to."""
+    most = 0.5 if recipe.recover.method == "refit" else 1.0
+    return min(most, recipe.prune.search.windows / recipe.calibration.samples)
 
 
 def roofline(arch: Architecture, value: int, batch: int, context: int, flops: float,

@@ -1,32 +1,21 @@
 """Searched allocation: widths that change the model's output least for a budget.
 
-Two steps. `measure` prunes one part of one block at a time (its heads, or its FFN), to a few
-widths, lets the result run through the rest of the dense model, and takes the mean Kullback-Leibler
-divergence of the next-token distributions from the dense ones. `solve` then picks a width for every
-part, so that the divergences add up to as little as possible within the budget: a knapsack with one
-choice per part, by dynamic programming. That they add up is an assumption; how far it holds is
-reported by those who use it, from the divergence of the whole.
-
-Shapes: B windows in a batch, T tokens, D hidden size, V vocabulary.
+What each width of each part costs is measured in `curves.py`, one part of one block at a time.
+`solve` then picks a width for every part, so that the divergences add up to as little as possible
+within the budget: a knapsack with one choice per part, by dynamic programming. That they add up is
+an assumption; how far it holds is reported by those who use it, from the divergence of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
-from bipdeploy.model import finite
-from bipdeploy.model.activations import Batches, Keep, replace
-from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.cost import Cost, parameters
 from bipdeploy.model.families import Architecture, BlockWidths
-from bipdeploy.pruning.allocation import BlockScores
-from bipdeploy.pruning.allocation import keep as best
-from bipdeploy.pruning.refit import RidgeProblem
-from bipdeploy.pruning.slicing import expand
 
 GRID = 1 << 13  # steps into which the budget is divided
 
@@ -52,91 +41,6 @@ class Curve:
             if low <= width <= high:
                 return above + (below - above) * (high - width) / (high - low)
         return best[-1][1] if width < best[-1][0] else best[0][1]
-
-
-@torch.no_grad()
-def measure(walker: BlockWalker, windows: list[torch.Tensor], scores: Sequence[BlockScores],
-            widths: Callable[[int, str], Sequence[int]], *, refit: float | None,
-            advance: Callable[[], None] = lambda: None, keep: Keep = list) -> list[Curve]:
-    """The curves of every part that may be pruned; `widths(block, part)` says at which widths.
-
-    One walk: each variant joins at its block and is carried through all later ones, so that
-    every block is loaded once. `refit`: the ridge with which the part's output projection is
-    refitted to the dense one's output, None for none.
-    """
-    curves: list[Curve] = []
-    dense = walker.embed(windows, keep)
-    carried: list[tuple[Curve, Batches]] = []
-    for index, block in enumerate(walker.blocks(windows[0].shape[1])):
-        for _, hidden in carried:
-            replace(hidden, block)
-        u_dense = dense
-        if block.has_attention:
-            curve = Curve(index, "heads", list(widths(index, "heads")))
-            curves.append(curve)
-            z = keep(block.attention(x).z for x in dense)
-            u_dense = keep(x + block.output(part) for x, part in zip(dense, z, strict=True))
-            size = block.output.in_features // walker.architecture.blocks[index].kv_heads
-            for width in curve.widths:
-                outputs = _reduced(block.output, z, _columns(scores[index], width, "heads", size),
-                                   refit)
-                carried.append((curve, keep(
-                    u + block.ffn(u) if block.has_ffn else u
-                    for u in (x + out for x, out in zip(dense, outputs, strict=True)))))
-        dense = u_dense
-        if block.has_ffn:
-            curve = Curve(index, "ffn", list(widths(index, "ffn")))
-            curves.append(curve)
-            h = keep(gate * up for gate, up in map(block.ffn_parts, u_dense))
-            for width in curve.widths:
-                outputs = _reduced(block.down, h, _columns(scores[index], width, "ffn", 1), refit)
-                carried.append((curve, keep(
-                    u + out for u, out in zip(u_dense, outputs, strict=True))))
-            dense = keep(u + block.down(part) for u, part in zip(u_dense, h, strict=True))
-        del block  # the walk reads the next but one now
-        advance()
-    head = walker.head()
-    totals = [0.0] * len(carried)
-    for number in range(len(windows)):
-        expected = head(dense[number]).float().log_softmax(-1)
-        for variant, (_, hidden) in enumerate(carried):
-            totals[variant] += divergence(head(hidden[number]).float().log_softmax(-1), expected)
-    tokens = sum(batch.numel() for batch in windows)
-    for (curve, _), total in zip(carried, totals, strict=True):  # in the order of their widths
-        finite.require(f"divergences of block {curve.block}'s {curve.part}", [total], walker.dtype)
-        curve.divergences.append(total / tokens)
-    return curves
-
-
-def _columns(scores: BlockScores, width: int, part: str, size: int) -> torch.Tensor:
-    """Columns of the output projection that stay when the best `width` groups do."""
-    kept = best(scores, BlockWidths(0, width, 0) if part == "heads" else BlockWidths(0, 0, width))
-    return expand(kept.groups if part == "heads" else kept.channels, size)
-
-
-def _reduced(projection: torch.nn.Linear, inputs: Batches, columns: torch.Tensor,
-             refit: float | None) -> Iterator[torch.Tensor]:
-    """What a projection gives from some of its inputs, refitted to what it gave from all."""
-    if not len(columns):
-        for z in inputs:
-            yield torch.zeros_like(projection(z))
-        return
-    columns = columns.to(projection.weight.device)
-    weight = projection.weight[:, columns]
-    if refit is not None:
-        problem = RidgeProblem(weight)
-        for z in inputs:
-            problem.see(z[..., columns], z @ projection.weight.T)
-        weight = problem.solve(refit).to(weight.dtype)
-        del problem
-    for z in inputs:
-        yield torch.nn.functional.linear(z[..., columns], weight, projection.bias)
-
-
-def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Kullback-Leibler divergence of log-probabilities from the expected ones, summed over
-    tokens, nats."""
-    return float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
 
 
 def solve(arch: Architecture, curves: Sequence[Curve],

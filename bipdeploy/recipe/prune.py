@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, PositiveInt, model_validator
 
 from bipdeploy.recipe.base import Section, Share
@@ -19,8 +21,14 @@ class ProtectSection(Section):
 class SearchSection(Section):
     """How `layers: searched` measures what each width of each part costs."""
 
-    windows: PositiveInt = Field(32, description="Calibration windows, the first of those drawn. "
-                                 "All variants of all blocks are in memory at once.")
+    propagation: Literal["measured", "sensitivity"] = Field(
+        "measured", description="`measured`: every variant runs through all later blocks; exact, "
+        "its time grows with the square of the number of blocks, and all variants are in memory "
+        "at once. `sensitivity`: the same estimated from one walk back through the dense model; "
+        "time grows with the number of blocks.")
+    windows: PositiveInt = Field(
+        32, description="Calibration windows that the change of the output is measured on, the "
+        "last of those drawn; at most half of them. The refits that are tried see the others.")
     points: int = Field(9, ge=2, description="Widths of each part that are measured; the others "
                         "lie on lines between them.")
 

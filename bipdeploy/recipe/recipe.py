@@ -50,10 +50,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _some_windows_are_left(self) -> Recipe:
-        if (self.recover.method == "refit" and self.recover.refit.ridge == "auto"
-                and self.calibration.samples < 2):
+        if self.recover.method != "refit" or self.calibration.samples > 1:
+            return self
+        if self.recover.refit.ridge == "auto":
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
                              "calibration.samples is 1; raise it, or give a number")
+        if self.prune.layers == "searched":
+            raise ValueError("prune.layers: searched judges refits by calibration windows that "
+                             "they have not seen, and calibration.samples is 1; raise it")
         return self
 
     @model_validator(mode="after")

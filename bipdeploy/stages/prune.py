@@ -21,6 +21,7 @@ from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning import targets
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
+from bipdeploy.pruning import curves as cost_curves
 from bipdeploy.pruning import search
 from bipdeploy.pruning.allocation import BlockScores, allocate, keep, part_widths
 from bipdeploy.pruning.slicing import slice_block
@@ -92,7 +93,8 @@ def searched(job: Job, dense: Resolved, scores: Sequence[BlockScores]
         record = artifacts.read_json(job.inputs["curves"])
         curves = [search.Curve(**curve) for curve in record["curves"]]
     else:
-        job.reporter.total(len(arch.blocks), "blocks searched")
+        walks = 2 if section.search.propagation == "sensitivity" else 1
+        job.reporter.total(walks * len(arch.blocks), "blocks searched")
         curves, windows = measured_curves(job.recipe, dense.checkpoint, scores, job.out,
                                           job.reporter.advance)
         record = curves_record(curves, windows)
@@ -117,17 +119,32 @@ def measured_curves(recipe: Recipe, dense: Checkpoint, scores: Sequence[BlockSco
     arch = walker.architecture
     choices = part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
     drawn, _ = calibration_batches(recipe, dense.folder, arch.max_positions)
-    windows = list(torch.cat(drawn)[:section.search.windows].split(recipe.calibration.batch))
+    text = searched_text(recipe, torch.cat(drawn))
+
+    def widths(block: int, part: str) -> list[int]:
+        return search.spaced(choices(block, part), section.search.points)
+
+    if section.search.propagation == "sensitivity":
+        with keeping(work, recipe.calibration.spill,
+                     (len(arch.blocks) + 2) * walker.bytes_of(text.batches)) as kept:
+            curves = cost_curves.sensed(walker, text, scores, widths, recipe.seed, advance, kept)
+    else:
+        size = (2 * section.search.points * len(arch.blocks) * walker.bytes_of(text.judged)
+                + 8 * walker.bytes_of(text.batches))
+        with keeping(work, recipe.calibration.spill, size) as kept:
+            curves = cost_curves.measured(walker, text, scores, widths, advance, kept)
+    return curves, sum(map(len, text.judged))
+
+
+def searched_text(recipe: Recipe, windows: torch.Tensor) -> cost_curves.Text:
+    """The calibration windows that a search judges by, and those that its refits see: [S, T]."""
     ridge = recipe.recover.refit.ridge
-    ridge = SEARCH_RIDGE if ridge == "auto" else ridge
-    variants = 2 * section.search.points * len(arch.blocks)
-    with keeping(work, recipe.calibration.spill,
-                 (variants + 8) * walker.bytes_of(windows)) as kept:
-        curves = search.measure(
-            walker, windows, scores,
-            lambda block, part: search.spaced(choices(block, part), section.search.points),
-            refit=ridge if recipe.recover.method == "refit" else None, advance=advance, keep=kept)
-    return curves, sum(map(len, windows))
+    refitted = recipe.recover.method == "refit"
+    judged = min(recipe.prune.search.windows, len(windows) // 2 if refitted else len(windows))
+    batch = recipe.calibration.batch
+    return cost_curves.Text(list(windows[-judged:].split(batch)),
+                            list(windows[:-judged].split(batch)) if refitted else [],
+                            (SEARCH_RIDGE if ridge == "auto" else ridge) if refitted else None)
 
 
 def curves_record(curves: Sequence[search.Curve], windows: int) -> dict[str, Any]:

@@ -1,0 +1,286 @@
+"""What each width of each part of a block costs the model's output, one part at a time.
+
+A part is a block's heads or its FFN. It is cut to a few widths, its output projection is refitted
+to what the whole one gave, and the change of the next-token distributions is taken as the mean
+Kullback-Leibler divergence from the dense ones, in nats per token. It is judged on windows that
+the refit has not seen: a refit is nearly free on those that it was fitted to.
+
+`measured` lets every variant run through the rest of the model: exact, and as each block's variants
+pass all later blocks, its cost grows with the square of the number of blocks. `sensitivity`
+estimates the same from one walk back (`sensed`): its cost grows with the number of blocks.
+
+Shapes: B windows in a batch, T tokens, N tokens of all windows, D hidden size, K inputs of a
+projection, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bipdeploy.model import finite
+from bipdeploy.model.activations import Batches, Keep, replace
+from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.families import BlockWidths
+from bipdeploy.pruning.allocation import BlockScores
+from bipdeploy.pruning.allocation import keep as best
+from bipdeploy.pruning.refit import RidgeProblem
+from bipdeploy.pruning.search import Curve
+from bipdeploy.pruning.slicing import expand
+
+Widths = Callable[[int, str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Batches of windows [B, T]: those that divergences are of, and those that refits see.
+
+    `ridge`: of the refits, None for none.
+    """
+
+    judged: list[torch.Tensor]
+    fitted: list[torch.Tensor]
+    ridge: float | None
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """All of them; without a refit the judged ones alone."""
+        return self.judged if self.ridge is None else [*self.judged, *self.fitted]
+
+    @property
+    def length(self) -> int:
+        return self.judged[0].shape[1]
+
+
+@torch.no_grad()
+def measured(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], widths: Widths,
+             advance: Callable[[], None] = lambda: None, keep: Keep = list) -> list[Curve]:
+    """The curves of every part; `widths(block, part)` says at which widths.
+
+    One walk: each variant joins at its block and is carried through all later ones, so that
+    every block is loaded once. The dense width costs nothing and is not carried.
+    """
+    curves: list[Curve] = []
+    count = len(text.judged)
+    dense = walker.embed(text.batches, keep)
+    carried: list[tuple[Curve, int, Batches]] = []
+    for index, block in enumerate(walker.blocks(text.length)):
+        for _, _, hidden in carried:
+            replace(hidden, block)
+        u_dense = dense
+        if block.has_attention:
+            part = Part(walker, index, "heads", block.output, scores[index], text)
+            curves.append(curve := Curve(index, "heads", list(widths(index, "heads"))))
+            z = keep(block.attention(x).z for x in dense)
+            part.fit(z[number] for number in range(count, len(z)))
+            for width in part.below(curve.widths):
+                reduced = part.reduced(width)
+                carried.append((curve, width, keep(
+                    u + block.ffn(u) if block.has_ffn else u
+                    for u in (dense[i] + reduced(z[i]) for i in range(count)))))
+            u_dense = keep(x + block.output(own) for x, own in zip(dense, z, strict=True))
+            del z
+        dense = u_dense
+        if block.has_ffn:
+            part = Part(walker, index, "ffn", block.down, scores[index], text)
+            curves.append(curve := Curve(index, "ffn", list(widths(index, "ffn"))))
+            h = keep(gate * up for gate, up in map(block.ffn_parts, u_dense))
+            part.fit(h[number] for number in range(count, len(h)))
+            for width in part.below(curve.widths):
+                reduced = part.reduced(width)
+                carried.append((curve, width, keep(
+                    u_dense[i] + reduced(h[i]) for i in range(count))))
+            dense = keep(u + block.down(own) for u, own in zip(u_dense, h, strict=True))
+            del h
+        del block  # the walk reads the next but one now
+        advance()
+    head = walker.head()
+    totals = [0.0] * len(carried)
+    for number in range(count):
+        expected = head(dense[number]).float().log_softmax(-1)
+        for variant, (_, _, hidden) in enumerate(carried):
+            totals[variant] += divergence(head(hidden[number]).float().log_softmax(-1), expected)
+    found = {(curve.block, curve.part, width): total
+             for (curve, width, _), total in zip(carried, totals, strict=True)}
+    return _filled(walker, text, curves, found)
+
+
+@torch.no_grad()
+def sensed(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], widths: Widths,
+           seed: int, advance: Callable[[], None] = lambda: None, keep: Keep = list, *,
+           draws: int = 1) -> list[Curve]:
+    """The same by LLM-BIP's idea, carried from a block's output to the model's.
+
+    For a small error e of a part's output the divergence is half its square in the Fisher metric.
+    With labels drawn from the dense model's own distribution and g the gradient of their summed
+    log-probability by that output, that is the mean over draws of half the square of g . e. The
+    squares are taken token by token, which leaves out what errors of different tokens have in
+    common, and with it most of the noise of few draws. One walk forwards, which keeps the input of
+    every block, and one back; a variant costs its own product.
+    """
+    found: dict[tuple[int, str, int], float] = {}
+    curves: list[Curve] = []
+    for index, block, fits, sensings in backwards(walker, text, seed, advance, keep, draws):
+        for name in reversed(list(fits)):
+            projection = block.output if name == "heads" else block.down
+            part = Part(walker, index, name, projection, scores[index], text)
+            part.fit(fits[name]())
+            curves.append(curve := Curve(index, name, list(widths(index, name))))
+            for width in part.below(curve.widths):
+                reduced, total = part.reduced(width), 0.0
+                for inputs, gradients in sensings[name]:
+                    error = reduced(inputs) - projection(inputs)
+                    total += sum(fisher(g, error) for g in gradients) / len(gradients)
+                found[index, name, width] = total
+        del block
+        advance()
+    return _filled(walker, text, curves[::-1], found)
+
+
+def backwards(walker: BlockWalker, text: Text, seed: int,
+              advance: Callable[[], None] = lambda: None, keep: Keep = list, draws: int = 1
+              ) -> Iterator[tuple[int, Block, dict[str, Callable[[], Iterator[torch.Tensor]]],
+                                  dict[str, list[tuple[torch.Tensor, list[torch.Tensor]]]]]]:
+    """Every block from the last to the first: its index, itself, and by part (heads, ffn) what
+    gives the inputs of its projection on the fitted windows, and for each judged batch these
+    inputs [B, T, K] with the gradients [B, T, D] by its output, one per draw."""
+    count = len(text.judged)
+    hidden, inputs = walker.embed(text.batches, keep), []
+    for block in walker.blocks(text.length):
+        inputs.append(keep(x.cpu() for x in hidden))
+        replace(hidden, block)
+        del block
+        advance()
+    head, generator = walker.head(), torch.Generator().manual_seed(seed)
+    upstream = [_drawn(head, hidden[number], generator, draws) for number in range(count)]
+    del hidden, head
+    for index in reversed(range(len(walker))):
+        block, batches = walker.block(index, text.length), inputs.pop()
+        sensings: dict[str, list[tuple[torch.Tensor, list[torch.Tensor]]]] = {}
+        for number in range(count):
+            upstream[number] = _through(block, batches[number].to(walker.device),
+                                        upstream[number], sensings)
+        fits: dict[str, Callable[[], Iterator[torch.Tensor]]] = {}
+        rest = range(count, len(batches))
+
+        def attended(block: Block = block, batches: Batches = batches, rest: range = rest
+                     ) -> Iterator[torch.Tensor]:
+            return (block.attention(batches[i].to(walker.device)).z for i in rest)
+
+        def widened(block: Block = block, batches: Batches = batches, rest: range = rest
+                    ) -> Iterator[torch.Tensor]:
+            for x in (batches[i].to(walker.device) for i in rest):
+                gate, up = block.ffn_parts(block.attention(x).u if block.has_attention else x)
+                yield gate * up
+
+        if block.has_attention:
+            fits["heads"] = attended
+        if block.has_ffn:
+            fits["ffn"] = widened
+        yield index, block, fits, sensings
+
+
+def _drawn(head: torch.nn.Module, y: torch.Tensor, generator: torch.Generator, draws: int
+           ) -> list[torch.Tensor]:
+    """Gradients by y [B, T, D] of the summed log-probability of labels drawn at every token."""
+    y = y.detach().requires_grad_()
+    with torch.enable_grad():
+        logs = head(y).float().log_softmax(-1).flatten(0, 1)
+    found = []
+    for _ in range(draws):
+        labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
+        with torch.enable_grad():
+            loss = logs.gather(1, labels.to(logs.device)).sum()
+        found.append(torch.autograd.grad(loss, y, retain_graph=True)[0])
+    return found
+
+
+def _through(block: Block, x: torch.Tensor, upstream: list[torch.Tensor],
+             sensings: dict[str, list[tuple[torch.Tensor, list[torch.Tensor]]]]
+             ) -> list[torch.Tensor]:
+    """Gradients by a block's input; adds what the outputs of its two projections are sensed by."""
+    for parameter in block.layer.parameters():
+        parameter.requires_grad_(False)
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z, u = None, x
+        if block.has_attention:
+            attended = block.attention(x)
+            z, u = attended.z, attended.u
+        y, h = u, None
+        if block.has_ffn:
+            gate, up = block.ffn_parts(u)
+            h = gate * up
+            y = u + block.down(h)
+    if h is not None:
+        sensings.setdefault("ffn", []).append((h.detach(), upstream))
+    if y is x:
+        return upstream
+    found = [torch.autograd.grad(y, [x, u], g, retain_graph=True) for g in upstream]
+    if z is not None:
+        sensings.setdefault("heads", []).append((z.detach(), [at_u for _, at_u in found]))
+    return [at_x for at_x, _ in found]
+
+
+def fisher(gradient: torch.Tensor, error: torch.Tensor) -> float:
+    """Half the squares of g . e over D, summed over tokens; both [.., D]."""
+    along = (gradient.detach().float() * error.detach().float()).sum(-1)
+    return 0.5 * float(along.double().square().sum())
+
+
+class Part:
+    """A block's heads or FFN, cut to widths: one sum of its inputs serves the refit of all."""
+
+    def __init__(self, walker: BlockWalker, index: int, name: str, projection: torch.nn.Linear,
+                 scores: BlockScores, text: Text):
+        own = walker.architecture.blocks[index]
+        self.dense = own.kv_heads if name == "heads" else own.intermediate
+        self._size = projection.in_features // self.dense
+        self._name, self._projection, self._scores = name, projection, scores
+        self._ridge, self._problem = text.ridge, None
+        if text.ridge is not None:
+            self._problem = RidgeProblem(projection.weight)
+
+    def below(self, widths: Sequence[int]) -> list[int]:
+        """The widths that are not the dense one."""
+        return [width for width in widths if width < self.dense]
+
+    def fit(self, inputs: Iterator[torch.Tensor]) -> None:
+        """Take in the inputs of the projection on the windows that refits see."""
+        if self._problem is not None:
+            for z in inputs:
+                self._problem.see(z, torch.nn.functional.linear(z, self._projection.weight))
+
+    def reduced(self, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What the projection gives from its best inputs, refitted to what it gave from all."""
+        if not width:
+            return lambda z: z.new_zeros((*z.shape[:-1], self._projection.out_features))
+        heads = self._name == "heads"
+        kept = best(self._scores, BlockWidths(0, width, 0) if heads else BlockWidths(0, 0, width))
+        columns = expand(kept.groups if heads else kept.channels, self._size)
+        columns = columns.to(self._projection.weight.device)
+        weight = self._projection.weight[:, columns]
+        if self._problem is not None:
+            assert self._ridge is not None
+            weight = self._problem.restricted(columns).solve(self._ridge).to(weight.dtype)
+        bias = self._projection.bias
+        return lambda z: torch.nn.functional.linear(z[..., columns], weight, bias)
+
+
+def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Kullback-Leibler divergence of log-probabilities from the expected ones, summed over
+    tokens, nats."""
+    return float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+
+
+def _filled(walker: BlockWalker, text: Text, curves: list[Curve],
+            found: dict[tuple[int, str, int], float]) -> list[Curve]:
+    """The curves with what was found, per token; a width that was not tried is the dense one."""
+    tokens = sum(batch.numel() for batch in text.judged)
+    for curve in curves:
+        totals = [found.get((curve.block, curve.part, width), 0.0) for width in curve.widths]
+        finite.require(f"divergences of block {curve.block}'s {curve.part}", totals, walker.dtype)
+        curve.divergences.extend(total / tokens for total in totals)
+    return curves
