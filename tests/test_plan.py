@@ -16,7 +16,7 @@ from bipdeploy.model.families import BlockWidths, architecture
 from bipdeploy.pipeline.keys import stage_keys
 from bipdeploy.planning import plan
 from bipdeploy.planning.gpus import GPUS
-from bipdeploy.planning.resolved import resolved_at
+from bipdeploy.planning.resolved import of_config, resolved_at
 from bipdeploy.pruning.allocation import global_widths, possible_widths
 from bipdeploy.pruning.divisibility import faults, group_faults
 from bipdeploy.recipe import file as recipe_file
@@ -242,6 +242,28 @@ def test_the_screen_says_that_global_widths_depend_on_scores(tmp_path):
     assert "known once score and prune have run" in shown
     assert "\nuniform  blocks 0-6: 3 heads" in shown and "\npruned  " not in shown
     assert "not known before scoring" in shown
+
+
+def test_text_too_little_to_be_fitted_to_is_said_with_both_numbers(tmp_path):
+    """1,792 tokens for 384 channels; 1,920 are enough not to be warned about."""
+    assert resolved_at(recipe_file.load(SMOKE, ["calibration.samples=30"]), PICO).text_note is None
+    little = "calibration.samples=28"
+    said = ("calibration: 1,792 tokens are 4.7 for each of the 384 inputs of the widest "
+            "projection, and a refit to fewer than 5 fits noise; calibration.samples: 72 gives 12")
+    assert planned(tmp_path, little).note == said
+    assert plan_here(tmp_path, little).stderr == f"note  {said}\n"
+    checked = bipdeploy_here("check", SMOKE, "--set", little)
+    assert (checked.returncode, checked.stderr) == (0, f"note  {SMOKE}: {said}\n")
+    assert planned(tmp_path, little, "recover.method=none").note is None
+    ran = api.run(SMOKE, [little], tmp_path, until="score")
+    assert said in artifacts.read_json(ran.folder / "score" / "manifest.json")["notes"]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*b-*0.yaml")), ids=lambda path: path.stem)
+def test_the_large_recipes_give_text_enough_to_fit(path):
+    recipe = recipe_file.load(path)
+    assert recipe.model.shape
+    assert of_config(recipe, recipe.model.shape.config).text_note is None
 
 
 def test_runs_of_equal_blocks_are_one_line():

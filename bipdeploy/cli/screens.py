@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -117,6 +118,8 @@ def show_plan(plan: Plan) -> None:
         target = plan.target
         console.out.print(f"target   {target['kind']} {target['asked']:g}, reached "
                           f"{target['reached']:.6g} (counted in {target['unit']})\n", markup=False)
+    if plan.note:
+        console.err.print(f"[yellow]note[/]  {escape(plan.note)}")
     blocks = {"dense": plan.dense, "pruned": plan.pruned}
     if plan.known == "unmeasured":
         console.out.print("Widths depend on times of this machine: `bipdeploy profile RECIPE` "

@@ -12,7 +12,7 @@ from bipdeploy.measuring.table import ENGINES
 from bipdeploy.model import agreement, sources, weights
 from bipdeploy.model.families import Architecture, architecture
 from bipdeploy.ort import installed
-from bipdeploy.planning.resolved import Resolved, resolve
+from bipdeploy.planning.resolved import Resolved, of_config, resolve
 from bipdeploy.planning.targets import TARGETS
 from bipdeploy.pruning.allocation import narrowest
 from bipdeploy.pruning.criteria.table import CRITERIA
@@ -94,14 +94,17 @@ def check_tasks(recipe: Recipe) -> None:
         tasks.find(recipe.evaluate.zero_shot.tasks)
 
 
-def check_offline(recipe: Recipe) -> None:
-    """All of `refuse` that needs no network: a model on the hub is not looked at."""
+def check_offline(recipe: Recipe) -> str | None:
+    """All of `refuse` that needs no network: a model on the hub is not looked at. Returns what the
+    recipe should be changed for, where that is known."""
     if sources.is_local(recipe.model.id):
         resolved = resolve(recipe)
         refuse(resolved)
         # What is no plain checkpoint is written out first.
         if resolved.folder and not (recipe.model.dequantize or weights.wrapper(resolved.folder)):
             agreement.require(resolved.checkpoint)
-    else:
-        check_texts(recipe)
-        check_tasks(recipe)
+        return resolved.text_note
+    check_texts(recipe)
+    check_tasks(recipe)
+    shape = recipe.model.shape
+    return of_config(recipe, shape.config).text_note if shape else None

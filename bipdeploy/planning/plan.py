@@ -46,7 +46,8 @@ class Plan:
     `costs`: by name, of `dense` and `pruned`: bytes, and FLOPs per token. `speedups`: how many
     times as fast at the `memory_bound` and the `compute_bound` end. `roofline`: seconds on the GPU,
     by phase, lower bounds. `stages`: estimates over the figures of `machine`. `disk`: bytes that
-    a run `needed` and that are `free`; None of a finished one.
+    a run `needed` and that are `free`; None of a finished one. `note`: what the recipe should be
+    changed for.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Plan:
     machine: dict[str, Any]
     stages: dict[str, footprint.Stage]
     disk: dict[str, float]
+    note: str | None
 
 
 def make(resolved: Resolved, made: Sequence[BlockWidths] | None, folder: Path) -> Plan:
@@ -109,7 +111,8 @@ def make(resolved: Resolved, made: Sequence[BlockWidths] | None, folder: Path) -
         speedups={"memory_bound": _gain(costs["decode_bytes_read"]),
                   "compute_bound": _gain(costs["prefill_flops_per_token"])},
         gpu=gpu, roofline=_roofline(gpu, arch, after, sized.computed, recipe) if gpu else None,
-        machine=machine, stages=stages, disk={"needed": needed, "free": free})
+        machine=machine, stages=stages, disk={"needed": needed, "free": free},
+        note=resolved.text_note)
 
 
 def _ratio(resolved: Resolved, pruned: Sequence[BlockWidths]) -> float:

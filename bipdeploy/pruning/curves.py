@@ -185,16 +185,17 @@ def backwards(walker: BlockWalker, text: Text, seed: int,
 def _drawn(head: torch.nn.Module, y: torch.Tensor, generator: torch.Generator, draws: int
            ) -> list[torch.Tensor]:
     """Gradients by y [B, T, D] of the summed log-probability of labels drawn at every token."""
-    y = y.detach().requires_grad_()
-    with torch.enable_grad():
-        logs = head(y).float().log_softmax(-1).flatten(0, 1)
-    found = []
-    for _ in range(draws):
-        labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
+    found: list[list[torch.Tensor]] = [[] for _ in range(draws)]
+    for window in y.detach().split(1):  # the logits of one at a time: vocabularies are large
+        window.requires_grad_()
         with torch.enable_grad():
-            loss = logs.gather(1, labels.to(logs.device)).sum()
-        found.append(torch.autograd.grad(loss, y, retain_graph=True)[0])
-    return found
+            logs = head(window).float().log_softmax(-1)[0]
+        for gradients in found:
+            labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)
+            with torch.enable_grad():
+                loss = logs.gather(1, labels.to(logs.device)).sum()
+            gradients.append(torch.autograd.grad(loss, window, retain_graph=True)[0])
+    return [torch.cat(gradients) for gradients in found]
 
 
 def _through(block: Block, x: torch.Tensor, upstream: list[torch.Tensor],

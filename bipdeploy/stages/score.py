@@ -52,8 +52,9 @@ def run(job: Job) -> None:
     job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
     windows, provenance = calibration_batches(
         recipe, job.inputs["dense"], walker.architecture.max_positions)
-    if made := sources.provenance(walker.checkpoint.folder):
-        job.reporter.note(made)
+    for note in (sources.provenance(walker.checkpoint.folder), job.dense.text_note):
+        if note:
+            job.reporter.note(note)
     require_agreement(walker, recipe.seed)
     size = kept_bytes(walker, windows, [recipe.score])
     with keeping(job.out, recipe.calibration.spill, size) as keep:
