@@ -116,14 +116,13 @@ def refit_block(dense: Callable[[], Block], pruned: Block, x_dense: Batches, x_p
     Three passes, so that no batch's inputs of a projection outlive it: one through both blocks as
     they are, one for each weight that is new.
     """
-    energy = before = after = 0.0
+    errors = Errors()
     original = {name: p.data.clone() for name, p in pruned.layer.named_parameters()
                 if name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
     fitted = len(x_pruned) - held
     attention = Repair(pruned.output, fitted) if pruned.has_attention else None
 
     def as_they_are() -> Iterator[torch.Tensor]:
-        nonlocal energy, before
         whole = dense()
         for number, (x, x_own) in enumerate(zip(x_dense, x_pruned, strict=True)):
             u = whole.attention(x).u if whole.has_attention else x
@@ -134,14 +133,13 @@ def refit_block(dense: Callable[[], Block], pruned: Block, x_dense: Batches, x_p
                 u_own = own.u
                 attention.see(number, own.z, u - x_own)
             y_own = u_own + pruned.ffn(u_own) if pruned.has_ffn else u_own
-            energy, before = energy + _squares(y), before + _squares(y_own - y)
+            errors.see(y, y_own)
             yield y
 
     def repaired() -> Iterator[torch.Tensor]:
-        nonlocal after
         for x_own, y in zip(x_pruned, y_dense, strict=True):
             y_own = pruned(x_own)
-            after += _squares(y_own - y)
+            errors.see_repaired(y, y_own)
             yield y_own
 
     chosen = {}
@@ -158,13 +156,43 @@ def refit_block(dense: Callable[[], Block], pruned: Block, x_dense: Batches, x_p
         chosen["ridge_ffn"] = ffn.solve(ridge, stored)
         del ffn
     y_pruned = keep(repaired())
-    if after > before:  # what is not finite is left, to be seen
+    if errors.rose:  # what is not finite is left, to be seen
         for name, weight in original.items():
             pruned.layer.get_parameter(name).data.copy_(weight)
         del y_pruned  # what is kept has room for one set less
-        y_pruned, after = keep(pruned(x) for x in x_pruned), before
-    return y_dense, y_pruned, {"error_before": before / energy, "error_after": after / energy,
-                               **(chosen if ridge == "auto" else {})}
+        y_pruned = keep(pruned(x) for x in x_pruned)
+        errors.after = errors.before
+    return y_dense, y_pruned, errors.record() | (chosen if ridge == "auto" else {})
+
+
+class Errors:
+    """How far a block's output is from the dense one's: sums of squares by coordinate [D]."""
+
+    def __init__(self) -> None:
+        self.energy = self.before = self.after = torch.zeros(1, dtype=torch.float64)
+
+    def see(self, y: torch.Tensor, own: torch.Tensor) -> None:
+        """Take in a batch [B, T, D] of the dense block's outputs, and of the sliced one's."""
+        self.energy, self.before = self.energy + _squares(y), self.before + _squares(own - y)
+
+    def see_repaired(self, y: torch.Tensor, own: torch.Tensor) -> None:
+        """The same of the repaired one's."""
+        self.after = self.after + _squares(own - y)
+
+    @property
+    def rose(self) -> bool:
+        return bool(self.after.sum() > self.before.sum())
+
+    def record(self) -> dict[str, float]:
+        """Relative squared errors: of the whole output, and the median over its coordinates. A few
+        massive activations (arXiv 2402.17762) can hold nearly all of a real model's energy, and
+        hide in the first what the second shows."""
+        found = {}
+        for name, error in (("before", self.before), ("after", self.after)):
+            found[f"error_{name}"] = float(error.sum() / self.energy.sum())
+            share = error / self.energy.clamp_min(torch.finfo(torch.float64).tiny)
+            found[f"median_error_{name}"] = float(share.median())
+        return found
 
 
 class Repair:
@@ -238,7 +266,7 @@ def bias_block(dense: Block, pruned: Block, hidden: Batches, keep: Keep = list
     Returns the dense block's outputs, what was added by tensor name, and the relative squared
     error of the pruned block's outputs on these inputs before and after.
     """
-    energy = before = after = 0.0
+    errors = Errors()
     shifts: dict[torch.nn.Linear, MeanShift] = {}
     if dense.has_attention and pruned.has_attention:
         shifts[pruned.output] = MeanShift(dense.output.weight, pruned.output.weight)
@@ -246,7 +274,6 @@ def bias_block(dense: Block, pruned: Block, hidden: Batches, keep: Keep = list
         shifts[pruned.down] = MeanShift(dense.down.weight, pruned.down.weight)
 
     def as_they_are() -> Iterator[torch.Tensor]:
-        nonlocal energy, before
         for x in hidden:
             y = u = x
             if dense.has_attention:
@@ -259,7 +286,7 @@ def bias_block(dense: Block, pruned: Block, hidden: Batches, keep: Keep = list
                 y = u + dense.down(h)
                 if pruned.has_ffn:
                     shifts[pruned.down].see(h, _product(pruned.ffn_parts(u)))
-            energy, before = energy + _squares(y), before + _squares(pruned(x) - y)
+            errors.see(y, pruned(x))
             yield y
 
     y_dense, added = keep(as_they_are()), {}
@@ -269,13 +296,14 @@ def bias_block(dense: Block, pruned: Block, hidden: Batches, keep: Keep = list
         old = 0.0 if projection.bias is None else projection.bias
         projection.bias = torch.nn.Parameter((old + own).to(projection.weight.dtype))
     for x, y in zip(hidden, y_dense, strict=True):
-        after += _squares(pruned(x) - y)
-    return y_dense, added, {"error_before": before / energy, "error_after": after / energy}
+        errors.see_repaired(y, pruned(x))
+    return y_dense, added, errors.record()
 
 
 def _product(parts: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     return parts[0] * parts[1]
 
 
-def _squares(x: torch.Tensor) -> float:
-    return float(x.double().square().sum())
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """Sums over all tokens of the squares of each coordinate: [D], on the CPU."""
+    return x.flatten(0, -2).double().square().sum(0).cpu()
