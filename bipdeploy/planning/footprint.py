@@ -101,8 +101,9 @@ def memory(s: Sizes) -> dict[str, float]:
                + ("outer" in needs) * jointly)
     # Before, transformers reads the model block by block, its embeddings and head whole.
     scoring = max(scoring, (block + 2 * table) * value)
+    held_back = recipe.recover.refit.ridge == "auto"  # what judges the ridges has a sum of its own
     gram = (jointly if recipe.recover.refit.reselect and recipe.recover.method == "refit"
-            else 8 * (2 * inputs ** 2 + 3 * inputs * arch.hidden))
+            else 8 * ((2 + held_back) * inputs ** 2 + 3 * inputs * arch.hidden))
     writing = s.stored * max(table, 2 * block)
     whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
     searching = 0.0

@@ -22,10 +22,10 @@ class SearchSection(Section):
     """How `layers: searched` measures what each width of each part costs."""
 
     propagation: Literal["measured", "sensitivity"] = Field(
-        "measured", description="`measured`: every variant runs through all later blocks; exact, "
-        "its time grows with the square of the number of blocks, and all variants are in memory "
-        "at once. `sensitivity`: the same estimated from one walk back through the dense model; "
-        "time grows with the number of blocks.")
+        "sensitivity", description="`measured`: every variant runs through all later blocks; "
+        "exact, its time grows with the square of the number of blocks, and all variants are in "
+        "memory at once. `sensitivity`: the same estimated from one walk back through the dense "
+        "model; time grows with the number of blocks.")
     windows: PositiveInt = Field(
         32, description="Calibration windows that the change of the output is measured on, the "
         "last of those drawn; at most half of them. The refits that are tried see the others.")

@@ -14,7 +14,7 @@ class RefitSection(Section):
     """Closed-form repair: ridge least squares to the dense model's block outputs."""
 
     ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
-        0.01, description="Pull towards the original weights, as a share of the mean energy of the "
+        "auto", description="Pull towards the original weights, as a share of the mean energy of the "
         "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
         "windows best when it was fitted to the others.")
     reselect: bool = Field(
