@@ -116,7 +116,7 @@ def test_scoring_together_gives_each_criterion_what_it_gets_alone(variant, tmp_p
 def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(tiny, tmp_path):
     def keys(*settings: str, **compare) -> dict[str, str]:
         wanted = cells.plan(recipe(tiny, tmp_path, {"repairs": list(REPAIRS_COMPARED), **compare},
-                                   list(settings)))
+                                   ["recover.refit.ridge=0.01", *settings]))
         return {c.repair: cells.key(wanted, c) for c in wanted.cells}
 
     base = keys()

@@ -14,9 +14,9 @@ class RefitSection(Section):
     """Closed-form repair: ridge least squares to the dense model's block outputs."""
 
     ridge: Annotated[float, Field(ge=0.0)] | Literal["auto"] = Field(
-        "auto", description="Pull towards the original weights, as a share of the mean energy of the "
-        "kept inputs. `auto`: for every projection what fits the last eighth of the calibration "
-        "windows best when it was fitted to the others.")
+        "auto", description="Pull towards the original weights, as a share of the mean energy of "
+        "the kept inputs. `auto`: for every projection what fits the last eighth of the "
+        "calibration windows best when it was fitted to the others.")
     reselect: bool = Field(
         False, description="Choose again, block by block and at the same widths, which groups "
         "stay: on the pruned model's own input and jointly with the new weights. Costs about "
