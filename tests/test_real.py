@@ -64,7 +64,7 @@ def test_the_model_predicts_text_as_the_quantised_file_does(dense):
 
 def test_every_engine_computes_the_pruned_model(pruned):
     export = pruned.folder / "export"
-    figures = artifacts.figures([export, pruned.folder / "evaluate"])
+    figures = artifacts.figures([pruned.folder / "prune", export])
     assert figures["block_parameters.ratio"] == pytest.approx(0.8, abs=0.02)
     assert figures["vllm.verified"] == 1.0  # its greedy tokens are those of transformers
     model = loading.load_model(export / "transformers", torch.float32, CPU)
