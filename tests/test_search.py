@@ -126,7 +126,7 @@ def test_widths_of_parts_that_are_not_pruned_stay_dense(tiny):
 
 
 def test_the_fisher_form_is_the_divergence_of_small_errors(variant):
-    """Of one block's outputs: halving the error brings the two nearer to each other."""
+    """Of one block's outputs: the smaller they are, the nearer are the two."""
     walker = BlockWalker(variant, ModelSection(id=str(variant), device="cpu", dtype="float32"))
     text = Text([token_windows(8, 32)], [], None)
     index, block, _, sensings = next(found for found in curve_costs.backwards(

@@ -65,7 +65,7 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
             trials.check_offline(recipe)
             console.out.print("[green]ok[/] ", escape(str(path)))
             if note:
-                console.err.print(f"[yellow]note[/]  {escape(f'{path}: {note}')}")
+                console.note(f"{path}: {note}")
         except InputError as error:
             named = isinstance(error, RecipeError) or str(path) in str(error)
             faulty.append(str(error) if named else f"{path}: {error}")

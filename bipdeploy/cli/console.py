@@ -19,6 +19,11 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """What the user should know, beside the result."""
+    err.print(f"[yellow]note[/]  {escape(text)}")
+
+
 class Bar:
     """A progress bar for one stage."""
 

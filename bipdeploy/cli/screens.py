@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -119,7 +118,7 @@ def show_plan(plan: Plan) -> None:
         console.out.print(f"target   {target['kind']} {target['asked']:g}, reached "
                           f"{target['reached']:.6g} (counted in {target['unit']})\n", markup=False)
     if plan.note:
-        console.err.print(f"[yellow]note[/]  {escape(plan.note)}")
+        console.note(plan.note)
     blocks = {"dense": plan.dense, "pruned": plan.pruned}
     if plan.known == "unmeasured":
         console.out.print("Widths depend on times of this machine: `bipdeploy profile RECIPE` "

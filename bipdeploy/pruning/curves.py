@@ -15,7 +15,7 @@ projection, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,11 +122,21 @@ def sensed(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], width
     """
     found: dict[tuple[int, str, int], float] = {}
     curves: list[Curve] = []
-    for index, block, fits, sensings in backwards(walker, text, seed, advance, keep, draws):
-        for name in reversed(list(fits)):
-            projection = block.output if name == "heads" else block.down
-            part = Part(walker, index, name, projection, scores[index], text)
-            part.fit(fits[name]())
+    for index, block, fitted, sensings in backwards(walker, text, seed, advance, keep, draws):
+        projections = {name: block.output if name == "heads" else block.down for name in sensings}
+        parts = {name: Part(walker, index, name, projection, scores[index], text)
+                 for name, projection in projections.items()}
+        for x in fitted:
+            u = x
+            if block.has_attention:
+                attended = block.attention(x)
+                u = attended.u
+                parts["heads"].fit([attended.z])
+            if block.has_ffn:
+                gate, up = block.ffn_parts(u)
+                parts["ffn"].fit([gate * up])
+        for name, part in sorted(parts.items()):  # from the last to the first here too
+            projection = projections[name]
             curves.append(curve := Curve(index, name, list(widths(index, name))))
             for width in part.below(curve.widths):
                 reduced, total = part.reduced(width), 0.0
@@ -141,11 +151,11 @@ def sensed(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], width
 
 def backwards(walker: BlockWalker, text: Text, seed: int,
               advance: Callable[[], None] = lambda: None, keep: Keep = list, draws: int = 1
-              ) -> Iterator[tuple[int, Block, dict[str, Callable[[], Iterator[torch.Tensor]]],
+              ) -> Iterator[tuple[int, Block, Iterator[torch.Tensor],
                                   dict[str, list[tuple[torch.Tensor, list[torch.Tensor]]]]]]:
-    """Every block from the last to the first: its index, itself, and by part (heads, ffn) what
-    gives the inputs of its projection on the fitted windows, and for each judged batch these
-    inputs [B, T, K] with the gradients [B, T, D] by its output, one per draw."""
+    """Every block from the last to the first: its index, itself, its inputs [B, T, D] on the fitted
+    windows, and by part (heads, ffn) for each judged batch the inputs of its projection [B, T, K]
+    with the gradients [B, T, D] by the projection's output, one per draw."""
     count = len(text.judged)
     hidden, inputs = walker.embed(text.batches, keep), []
     for block in walker.blocks(text.length):
@@ -162,24 +172,8 @@ def backwards(walker: BlockWalker, text: Text, seed: int,
         for number in range(count):
             upstream[number] = _through(block, batches[number].to(walker.device),
                                         upstream[number], sensings)
-        fits: dict[str, Callable[[], Iterator[torch.Tensor]]] = {}
-        rest = range(count, len(batches))
-
-        def attended(block: Block = block, batches: Batches = batches, rest: range = rest
-                     ) -> Iterator[torch.Tensor]:
-            return (block.attention(batches[i].to(walker.device)).z for i in rest)
-
-        def widened(block: Block = block, batches: Batches = batches, rest: range = rest
-                    ) -> Iterator[torch.Tensor]:
-            for x in (batches[i].to(walker.device) for i in rest):
-                gate, up = block.ffn_parts(block.attention(x).u if block.has_attention else x)
-                yield gate * up
-
-        if block.has_attention:
-            fits["heads"] = attended
-        if block.has_ffn:
-            fits["ffn"] = widened
-        yield index, block, fits, sensings
+        fitted = (batches[i].to(walker.device) for i in range(count, len(batches)))
+        yield index, block, fitted, sensings
 
 
 def _drawn(head: torch.nn.Module, y: torch.Tensor, generator: torch.Generator, draws: int
@@ -248,7 +242,7 @@ class Part:
         """The widths that are not the dense one."""
         return [width for width in widths if width < self.dense]
 
-    def fit(self, inputs: Iterator[torch.Tensor]) -> None:
+    def fit(self, inputs: Iterable[torch.Tensor]) -> None:
         """Take in the inputs of the projection on the windows that refits see."""
         if self._problem is not None:
             for z in inputs:
