@@ -23,7 +23,8 @@ from bipdeploy.recipe import file
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.running import artifacts
-from bipdeploy.stages import prune, score
+from bipdeploy.stages import score
+from bipdeploy.stages.search import searched_text
 from tests.running import RECIPES
 from tests.sliced import (
     architecture_of,
@@ -158,7 +159,7 @@ def test_what_is_sensed_ranks_as_what_is_measured():
                                                      "prune.search.windows=16"])
     walker = BlockWalker(sources.dense_folder(recipe.model), recipe.model)
     drawn, _ = calibration_batches(recipe, walker.checkpoint.folder, 256)
-    text = prune.searched_text(recipe, torch.cat(drawn))
+    text = searched_text(recipe, torch.cat(drawn))
     scores = [BlockScores(own.heads.tolist(), own.ffn.tolist())
               for own in score.score_blocks(walker, drawn, recipe).scores]
     choices = part_widths(walker.architecture, recipe.prune)
@@ -194,7 +195,7 @@ def test_windows_are_shared_out_between_refits_and_judgement(tiny):
     def shared(*settings: str) -> tuple[int, int]:
         recipe = file.build({"name": "shared", "model": {"id": str(tiny)}, "prune": {"ratio": 0.3}},
                             "here", ["calibration.batch=2", *settings])
-        text = prune.searched_text(recipe, torch.arange(40).view(10, 4))
+        text = searched_text(recipe, torch.arange(40).view(10, 4))
         seen = torch.cat([*text.fitted, *text.judged])
         assert seen.tolist() == torch.arange(40).view(10, 4)[-len(seen):].tolist()
         return sum(map(len, text.fitted)), sum(map(len, text.judged))
@@ -218,3 +219,46 @@ def test_pruning_by_search_meets_its_budget_and_divides(tiny, tmp_path, parallel
     found = artifacts.read_json(pruned / "kept.json")["search"]
     assert 0 < found["divergence"] <= found["divergence_uniform"] * 1.05
     assert len(found["curves"]) == 6
+
+
+def test_rounds_narrow_what_earlier_ones_left(tiny, tmp_path):
+    """Each slices the dense model to less than the one before, and the last meets the budget."""
+    settings = [*short_calibration(tmp_path), "prune.layers=searched", "prune.round_to=8",
+                "prune.search.points=3"]
+    scores = api.score(str(tiny), tmp_path / "scores", settings)
+
+    def kept(ratio: float, rounds: int) -> tuple[dict, float]:
+        folder = api.prune(str(tiny), scores, tmp_path / f"{ratio}-{rounds}", ratio,
+                           [*settings, f"prune.search.rounds={rounds}"])
+        assert not (folder / "rounds").exists()
+        return (artifacts.read_json(folder / "kept.json"),
+                artifacts.figures([folder])["block_parameters.ratio"])
+
+    half, _ = kept(0.2, 1)
+    (whole, reached), (at_once, _) = kept(0.4, 2), kept(0.4, 1)
+    assert reached == pytest.approx(0.6, abs=0.03)
+    assert len(whole["search"]["divergence_by_round"]) == 2
+    assert whole["search"]["curves"] == at_once["search"]["curves"]
+    for before, after in zip(half["blocks"], whole["blocks"], strict=True):
+        for groups in ("kept_groups", "kept_channels"):
+            assert set(after[groups]) <= set(before[groups])
+    assert whole["blocks"] != half["blocks"]
+    sliced, dense = (loaded(folder).state_dict() for folder in (
+        tmp_path / "0.4-2" / "model", tiny))
+    for index, block in enumerate(whole["blocks"]):
+        name = f"model.layers.{index}.mlp.down_proj.weight"
+        assert torch.equal(sliced[name], dense[name][:, block["kept_channels"]])
+
+
+def test_the_ridge_of_a_search_is_chosen_on_windows_held_back(tiny):
+    """From five tokens per input, noise is fitted unless the ridge is high."""
+    arch = architecture_of(tiny)
+    scores, ids = drawn_scores(arch), token_windows(9, 8)
+    walker = BlockWalker(tiny, ModelSection(id=str(tiny), device="cpu"))
+
+    def total(ridge: float | str, held: int) -> float:
+        return sum(curve.divergences[0] for curve in curve_costs.measured(
+            walker, Text([ids[4:]], [ids[:2], ids[2:4]], ridge, held), scores,
+            lambda _, part: [96] if part == "heads" else [48]))
+
+    assert total("auto", 1) < total(1e-6, 0)

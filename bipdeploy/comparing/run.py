@@ -35,8 +35,8 @@ from bipdeploy.planning.job import Job
 from bipdeploy.recipe.names import REPAIRS_COMPARED
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
-from bipdeploy.running.reporter import Reporter
-from bipdeploy.stages import prune, score
+from bipdeploy.running.reporter import Reporter, Silent
+from bipdeploy.stages import score, search
 from bipdeploy.stages.evaluate import OVERLAP_LIMIT, check_overlap, window_tokens
 from bipdeploy.stages.table import STAGES
 
@@ -214,9 +214,9 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
         if cells[0].method.layers == "searched":
             if not curves.is_file():
                 with pipeline.finishing("prune"):
-                    artifacts.write_json(curves, prune.curves_record(*prune.measured_curves(
+                    artifacts.write_json(curves, search.curves_record(*search.measured_curves(
                         pruning, wanted.resolved.checkpoint, score.read_scores(scores), work,
-                        lambda: None)))
+                        Silent())))
             inputs["curves"] = curves
         _stage(wanted, "prune", pruning, inputs, sliced)
         _require_budget(wanted, sliced, recipe[cells[0]])

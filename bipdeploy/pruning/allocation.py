@@ -36,6 +36,11 @@ class Kept:
     groups: tuple[int, ...]
     channels: tuple[int, ...]
 
+    def then(self, inner: Kept) -> Kept:
+        """What stays of these once `inner`, which counts within them, is what stays."""
+        return Kept(tuple(self.groups[i] for i in inner.groups),
+                    tuple(self.channels[i] for i in inner.channels))
+
 
 class _Step(NamedTuple):
     """A block gets narrower by `size` KV heads or channels."""

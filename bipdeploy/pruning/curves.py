@@ -15,8 +15,9 @@ projection, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -26,7 +27,7 @@ from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.families import BlockWidths
 from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.allocation import keep as best
-from bipdeploy.pruning.refit import RidgeProblem
+from bipdeploy.pruning.refit import RidgeProblem, best_ridge
 from bipdeploy.pruning.search import Curve
 from bipdeploy.pruning.slicing import expand
 
@@ -37,12 +38,14 @@ Widths = Callable[[int, str], Sequence[int]]
 class Text:
     """Batches of windows [B, T]: those that divergences are of, and those that refits see.
 
-    `ridge`: of the refits, None for none.
+    `ridge`: of the refits, None for none; `auto` chooses one for each part, with which a refit at
+    half its width fits the last `held` of the fitted batches best.
     """
 
     judged: list[torch.Tensor]
     fitted: list[torch.Tensor]
-    ridge: float | None
+    ridge: float | Literal["auto"] | None
+    held: int = 0
 
     @property
     def batches(self) -> list[torch.Tensor]:
@@ -74,7 +77,8 @@ def measured(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], wid
             part = Part(walker, index, "heads", block.output, scores[index], text)
             curves.append(curve := Curve(index, "heads", list(widths(index, "heads"))))
             z = keep(block.attention(x).z for x in dense)
-            part.fit(z[number] for number in range(count, len(z)))
+            for number in range(count, len(z)):
+                part.fit(z[number])
             for width in part.below(curve.widths):
                 reduced = part.reduced(width)
                 carried.append((curve, width, keep(
@@ -87,7 +91,8 @@ def measured(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], wid
             part = Part(walker, index, "ffn", block.down, scores[index], text)
             curves.append(curve := Curve(index, "ffn", list(widths(index, "ffn"))))
             h = keep(gate * up for gate, up in map(block.ffn_parts, u_dense))
-            part.fit(h[number] for number in range(count, len(h)))
+            for number in range(count, len(h)):
+                part.fit(h[number])
             for width in part.below(curve.widths):
                 reduced = part.reduced(width)
                 carried.append((curve, width, keep(
@@ -131,10 +136,10 @@ def sensed(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], width
             if block.has_attention:
                 attended = block.attention(x)
                 u = attended.u
-                parts["heads"].fit([attended.z])
+                parts["heads"].fit(attended.z)
             if block.has_ffn:
                 gate, up = block.ffn_parts(u)
-                parts["ffn"].fit([gate * up])
+                parts["ffn"].fit(gate * up)
         for name, part in sorted(parts.items()):  # from the last to the first here too
             projection = projections[name]
             curves.append(curve := Curve(index, name, list(widths(index, name))))
@@ -234,34 +239,52 @@ class Part:
         self.dense = own.kv_heads if name == "heads" else own.intermediate
         self._size = projection.in_features // self.dense
         self._name, self._projection, self._scores = name, projection, scores
-        self._ridge, self._problem = text.ridge, None
-        if text.ridge is not None:
-            self._problem = RidgeProblem(projection.weight)
+        self._ridge, self._unheld = text.ridge, len(text.fitted) - text.held
+        self._problem = RidgeProblem(projection.weight)
+        self._held = RidgeProblem(projection.weight) if text.held else None
 
     def below(self, widths: Sequence[int]) -> list[int]:
         """The widths that are not the dense one."""
         return [width for width in widths if width < self.dense]
 
-    def fit(self, inputs: Iterable[torch.Tensor]) -> None:
-        """Take in the inputs of the projection on the windows that refits see."""
-        if self._problem is not None:
-            for z in inputs:
-                self._problem.see(z, torch.nn.functional.linear(z, self._projection.weight))
+    def fit(self, inputs: torch.Tensor) -> None:
+        """Take in the projection's inputs [B, T, K] on the next of the batches that refits see."""
+        if self._ridge is None:
+            return
+        problem = self._problem if self._unheld > 0 or self._held is None else self._held
+        problem.see(inputs, torch.nn.functional.linear(inputs, self._projection.weight))
+        self._unheld -= 1
 
     def reduced(self, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """What the projection gives from its best inputs, refitted to what it gave from all."""
         if not width:
             return lambda z: z.new_zeros((*z.shape[:-1], self._projection.out_features))
-        heads = self._name == "heads"
-        kept = best(self._scores, BlockWidths(0, width, 0) if heads else BlockWidths(0, 0, width))
-        columns = expand(kept.groups if heads else kept.channels, self._size)
-        columns = columns.to(self._projection.weight.device)
-        weight = self._projection.weight[:, columns]
-        if self._problem is not None:
-            assert self._ridge is not None
-            weight = self._problem.restricted(columns).solve(self._ridge).to(weight.dtype)
+        columns, weight = self._columns(width), self._projection.weight
+        if self._ridge is None:
+            weight = weight[:, columns]
+        else:
+            weight = self._problem.restricted(columns).solve(self._chosen_ridge()).to(weight.dtype)
         bias = self._projection.bias
         return lambda z: torch.nn.functional.linear(z[..., columns], weight, bias)
+
+    def _columns(self, width: int) -> torch.Tensor:
+        """The inputs that stay at a width."""
+        heads = self._name == "heads"
+        kept = best(self._scores, BlockWidths(0, width, 0) if heads else BlockWidths(0, 0, width))
+        return expand(kept.groups if heads else kept.channels, self._size).to(
+            self._projection.weight.device)
+
+    def _chosen_ridge(self) -> float:
+        """The ridge of all refits, chosen at the first; they are then fitted to all batches."""
+        assert self._ridge is not None
+        if self._held is not None:
+            columns = self._columns(max(self.dense // 2, 1))
+            self._ridge = best_ridge(self._problem.restricted(columns),
+                                     self._held.restricted(columns))
+            self._problem.absorb(self._held)
+            self._held = None
+        assert self._ridge != "auto"
+        return self._ridge
 
 
 def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -43,6 +43,8 @@ def costs(gram_KK: torch.Tensor, weight_DK: torch.Tensor, size: int = 1, *,
         for group, value in zip(left[gone].tolist(), cost[gone].tolist(), strict=True):
             highest = max(value, highest * (1 + STEP), LEAST)
             found[group] = highest
+        if not len(rest):  # no system with nothing on its right side
+            break
         out, stay = _columns(gone, size), _columns(rest, size)
         across = inverse[stay[:, None], out]
         take_over = torch.linalg.solve(inverse[out[:, None], out], across.T).T

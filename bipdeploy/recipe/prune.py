@@ -31,6 +31,11 @@ class SearchSection(Section):
         "last of those drawn; at most half of them. The refits that are tried see the others.")
     points: int = Field(9, ge=2, description="Widths of each part that are measured; the others "
                         "lie on lines between them.")
+    rounds: PositiveInt = Field(
+        1, description="In how many equal steps the budget is met. After each but the last the "
+        "model is sliced and repaired as far as that, and what is left is scored and measured "
+        "anew: what parts cost does not add up. Each round takes another scoring, search and "
+        "repair.")
 
 
 class DepthSection(Section):

@@ -50,14 +50,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _some_windows_are_left(self) -> Recipe:
-        if self.recover.method != "refit" or self.calibration.samples > 1:
+        samples, chosen = self.calibration.samples, self.recover.refit.ridge == "auto"
+        if self.recover.method != "refit":
             return self
-        if self.recover.refit.ridge == "auto":
+        if chosen and samples < 2:
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
                              "calibration.samples is 1; raise it, or give a number")
-        if self.prune.layers == "searched":
+        if self.prune.layers == "searched" and samples < 2 + chosen:
             raise ValueError("prune.layers: searched judges refits by calibration windows that "
-                             "they have not seen, and calibration.samples is 1; raise it")
+                             f"they have not seen, and calibration.samples is {samples}; give at "
+                             f"least {2 + chosen}")
         return self
 
     @model_validator(mode="after")
