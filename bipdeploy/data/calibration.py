@@ -28,7 +28,8 @@ def test_split(recipe: Recipe) -> str:
 
 def calibration_batches(recipe: Recipe, model: Path,
                         max_positions: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Batches of windows [B, T] for a model's tokenizer, and their provenance.
+    """Batches of windows [B, T] for a model's tokenizer, and their provenance; of a recipe that
+    was resolved.
 
     The same recipe gives the same windows in every stage. Of a text that is much larger than what
     is asked for only parts are tokenised (see `sampling.parts`).
@@ -38,12 +39,12 @@ def calibration_batches(recipe: Recipe, model: Path,
         raise InputError(f"calibration.tokens: {section.tokens} is longer than the model's maximum "
                          f"of {max_positions}; lower it")
     source = text.read(section.data, calibration_split(recipe), section.field, "calibration")
-    for part in sampling.parts(source, section.samples * section.tokens, recipe.seed,
+    for part in sampling.parts(source, section.windows * section.tokens, recipe.seed,
                                section.tokens):
         ids = windows.token_ids(part, model)
-        if len(ids) >= section.samples * section.tokens:
+        if len(ids) >= section.windows * section.tokens:
             break
-    drawn = windows.draw(ids, section.samples, section.tokens, recipe.seed)
+    drawn = windows.draw(ids, section.windows, section.tokens, recipe.seed)
     provenance = {"data": source.name, "split": source.split, "text_sha256": source.sha256,
                   "tokenised": sampling.described(source, part),
                   "windows": list(drawn.shape), "seed": recipe.seed,

@@ -174,7 +174,8 @@ def draw(ids: torch.Tensor, samples: int, tokens: int, seed: int) -> torch.Tenso
     if available < samples:
         raise InputError(f"calibration.samples: the text has {len(ids)} tokens, which is "
                          f"{available} windows of {tokens}, and {samples} are asked for; lower "
-                         "samples or tokens, or give a longer text")
+                         "samples or tokens (or tokens_per_channel, where samples is left out), "
+                         "or give a longer text")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:samples].sort().values
     return ids[:available * tokens].view(available, tokens)[chosen]

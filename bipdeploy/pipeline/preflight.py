@@ -94,17 +94,17 @@ def check_tasks(recipe: Recipe) -> None:
         tasks.find(recipe.evaluate.zero_shot.tasks)
 
 
-def check_offline(recipe: Recipe) -> str | None:
-    """All of `refuse` that needs no network: a model on the hub is not looked at. Returns what the
-    recipe should be changed for, where that is known."""
+def check_offline(recipe: Recipe) -> Resolved | None:
+    """All of `refuse` that needs no network: a model on the hub is not looked at. Returns the
+    recipe with the model's sizes, where these are known."""
     if sources.is_local(recipe.model.id):
         resolved = resolve(recipe)
         refuse(resolved)
         # What is no plain checkpoint is written out first.
         if resolved.folder and not (recipe.model.dequantize or weights.wrapper(resolved.folder)):
             agreement.require(resolved.checkpoint)
-        return resolved.text_note
+        return resolved
     check_texts(recipe)
     check_tasks(recipe)
     shape = recipe.model.shape
-    return of_config(recipe, shape.config).text_note if shape else None
+    return of_config(recipe, shape.config) if shape else None

@@ -50,7 +50,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _some_windows_are_left(self) -> Recipe:
-        if self.recover.method != "refit" or self.calibration.samples > 1:
+        if self.recover.method != "refit" or self.calibration.samples != 1:
             return self
         if self.recover.refit.ridge == "auto":
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
