@@ -99,7 +99,7 @@ def _value(field: Schema, schema: Schema, path: str) -> str:
     if "items" in field:
         words += f" of: {_value(field['items'], schema, path)}"
     if isinstance(entries := field.get("additionalProperties"), dict):
-        inner = (f"[bounds](#{_anchor(path + '.NAME')})" if "$ref" in entries
+        inner = (f"[section](#{_anchor(path + '.NAME')})" if "$ref" in entries
                  else _value(entries, schema, path))
         words += f" of names to: {inner}"
     if "minItems" in field:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bipdeploy.data import sampling, text, windows
 from bipdeploy.errors import InputError
+from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def training_split(recipe: Recipe) -> str:
     return recipe.lora.split or "calibration"
 
 
-def test_split(recipe: Recipe) -> str:
-    return recipe.evaluate.perplexity.split or "test"
+def test_split(section: TextSection) -> str:
+    return section.split or "test"
 
 
 def calibration_batches(recipe: Recipe, model: Path,

@@ -45,7 +45,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     if "calibration" in sections:
         parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
     if "evaluate" in stage.sections:
-        parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))
+        parts["test"] = [text.fingerprint(own.data, test_split(own))
+                         for own in recipe.evaluate.perplexity.every.values()]
         if recipe.evaluate.zero_shot.enabled:
             parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
     if "lora" in stage.sections and recipe.lora.enabled:
@@ -80,6 +81,7 @@ def plain(value: Any, without: set[str] | None = None) -> Any:
 
 def local_texts(recipe: Recipe) -> list[Path]:
     """The files here that a run reads as text."""
-    named = (recipe.calibration.data, recipe.evaluate.perplexity.data, recipe.lora.data)
+    named = (recipe.calibration.data, recipe.lora.data,
+             *(own.data for own in recipe.evaluate.perplexity.every.values()))
     return [path for path in (Path(data).expanduser() for data in dict.fromkeys(named))
             if path.is_file()]

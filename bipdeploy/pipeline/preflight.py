@@ -16,6 +16,7 @@ from bipdeploy.planning.resolved import Resolved, of_config, resolve
 from bipdeploy.planning.targets import TARGETS
 from bipdeploy.pruning.allocation import narrowest
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.evaluate import text_field
 from bipdeploy.recipe.model import ShapeSection
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.stages.repairs import REPAIRS
@@ -75,7 +76,8 @@ def check_texts(recipe: Recipe) -> None:
     """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
     named = {"calibration.data": recipe.calibration.data}
     if recipe.evaluate.perplexity.enabled:
-        named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
+        named |= {f"{text_field(name)}.data": own.data
+                  for name, own in recipe.evaluate.perplexity.every.items()}
     if recipe.lora.enabled:
         named["lora.data"] = recipe.lora.data
     listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]

@@ -174,7 +174,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     refit = sum(2 * tokens * size * size + size ** 3 / 3 for w in s.pruned.blocks
                 for size in (w.heads * arch.head_dim, w.intermediate))
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
-    test = perplexity.max_tokens or TEST_TOKENS
+    test = len(perplexity.every) * (perplexity.max_tokens or TEST_TOKENS)
     read = 0.0
     for window in (min(2048, arch.max_positions) if w == "max" else w for w in perplexity.windows):
         for model in (arch, s.pruned):

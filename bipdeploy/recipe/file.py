@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -142,11 +142,16 @@ def _with_line(line: str, lines: dict[Location, int]) -> str:
 
 
 def fields(at: Location) -> list[str]:
-    """The field names of the section at a location."""
+    """The field names of the section at a location; of a mapping of sections, those of each."""
     section: Any = Recipe
-    for part in ("gates",) if at[:1] == ("gates",) else at:
+    named = False  # the part is a name in a mapping
+    for part in at:
+        if named:
+            named = False
+            continue
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = [annotation, *get_args(annotation)]
+        named = get_origin(annotation) is dict
         section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)),
                        None)
         if section is None:
