@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.data import text
-from bipdeploy.data.calibration import calibration_split, test_split, training_split
+from bipdeploy.data.calibration import fingerprints, test_split, training_split
 from bipdeploy.errors import InputError
 from bipdeploy.measuring import tasks
 from bipdeploy.model import sources
@@ -128,7 +128,7 @@ def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
         "libraries": environment["libraries"] | {
             name: machine.version_of(name) for name in ("lm_eval",) if zero_shot.enabled},
         "gpus": [] if recipe.model.device == "cpu" else environment["hardware"]["gpus"],
-        "calibration": text.fingerprint(recipe.calibration.data, calibration_split(recipe)),
+        "calibration": fingerprints(recipe),
         "test": [text.fingerprint(own.data, test_split(own))
                  for own in test_texts(recipe).values()],
         "tasks": tasks.fingerprint(zero_shot.tasks) if zero_shot.enabled else {}}

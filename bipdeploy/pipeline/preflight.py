@@ -74,7 +74,7 @@ def _same_shape(found: Architecture, shape: ShapeSection) -> None:
 
 def check_texts(recipe: Recipe) -> None:
     """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
-    named = {"calibration.data": recipe.calibration.data}
+    named = {name: own.source for name, own in recipe.calibration.sources.items()}
     if recipe.evaluate.perplexity.enabled:
         named |= {f"{text_field(name)}.data": own.data
                   for name, own in recipe.evaluate.perplexity.every.items()}

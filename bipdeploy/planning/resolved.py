@@ -170,5 +170,6 @@ def _with_text(recipe: Recipe, arch: Architecture) -> Recipe:
         return recipe
     tokens = (section.tokens_per_channel or ENOUGH) * arch.widest
     # Some windows judge what was fitted to the others, so one is not enough.
-    own = {"samples": max(2, math.ceil(tokens / section.tokens)), "tokens_per_channel": None}
+    samples = max(2, len(section.sources), math.ceil(tokens / section.tokens))
+    own = {"samples": samples, "tokens_per_channel": None}
     return recipe.model_copy(update={"calibration": section.model_copy(update=own)})

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
-from bipdeploy.recipe.base import TextSection
+from bipdeploy.recipe.base import DATA, FIELD, SPLIT, Section
+
+# How far from 1 the sum of rounded shares may be: thirds are written 0.333.
+_ROUNDING = 0.005
 
 
-class CalibrationSection(TextSection):
+class SourceSection(Section):
+    """One of several texts that calibrate together."""
+
+    source: str = Field(description=DATA)
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="Share of the windows that are drawn from it, at least one.")
+    split: str | None = Field(None, description=SPLIT)
+    field: str = Field("text", description=FIELD)
+
+
+def _kind(data: object) -> str | None:
+    """Which of the types of `data` is meant; the tags are in no message (`file.py`)."""
+    return "[one]" if isinstance(data, str) else "[several]" if isinstance(data, list) else None
+
+
+Data = Annotated[
+    Annotated[str, Tag("[one]")]
+    | Annotated[list[SourceSection], Field(min_length=1), Tag("[several]")],
+    Discriminator(_kind, custom_error_type="text_or_sources", custom_error_message=(
+        "Give one text, or a list of sources, each with a share"))]
+
+
+class CalibrationSection(Section):
     """The text that scores and repairs the model. Never the text it is tested on."""
 
+    data: Data = Field(
+        "builtin:pydocs", description=DATA + " Or a list of sources, such as `[{source: c4, share: "
+        "0.7}, {source: code.jsonl, share: 0.3, field: content}]`, whose shares make 1.")
+    split: str | None = Field(None, description=SPLIT)
+    field: str = Field("text", description=FIELD)
     samples: PositiveInt | None = Field(
         None, description="Windows drawn at random, without overlap. Default: as many as "
         "`tokens_per_channel` asks for.")
@@ -25,6 +55,34 @@ class CalibrationSection(TextSection):
         False, description="Keep the windows' hidden states in files below the stage's folder "
         "instead of in memory. Results are the same, bit for bit. 128 windows of 128 tokens of a "
         "7B model take 0.27 GB in float32, several times over during repair and search.")
+
+    @field_validator("data")
+    @classmethod
+    def _shares_of_one(cls, data: str | list[SourceSection]) -> str | list[SourceSection]:
+        if isinstance(data, str):
+            return data
+        whole = sum(own.share for own in data)
+        if abs(whole - 1) > _ROUNDING:
+            raise ValueError(f"the shares of the sources make {whole:g}, and not 1; change them")
+        seen = [(own.source, own.split, own.field) for own in data]
+        twice = next((own.source for own in data
+                      if seen.count((own.source, own.split, own.field)) > 1), None)
+        if twice:
+            raise ValueError(f"{twice!r} is given twice; give it once, with both shares")
+        return data
+
+    @model_validator(mode="after")
+    def _sources_have_their_own(self) -> CalibrationSection:
+        if isinstance(self.data, str):
+            return self
+        for name, default in (("split", None), ("field", "text")):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is of one text, and data is a "
+                                 f"list; give {name} in each source that needs it")
+        if self.samples is not None and self.samples < len(self.data):
+            raise ValueError(f"samples: {self.samples} windows cannot come from {len(self.data)} "
+                             "sources; raise samples, or take sources out")
+        return self
 
     @model_validator(mode="after")
     def _one_amount(self) -> CalibrationSection:
@@ -40,3 +98,11 @@ class CalibrationSection(TextSection):
         number may depend on the model."""
         assert self.samples is not None
         return self.samples
+
+    @property
+    def sources(self) -> dict[str, SourceSection]:
+        """All texts by the recipe's field that names each; a single one has a share of 1."""
+        if isinstance(self.data, str):
+            return {"calibration.data": SourceSection(source=self.data, share=1, split=self.split,
+                                                      field=self.field)}
+        return {f"calibration.data.{n}.source": own for n, own in enumerate(self.data)}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from bipdeploy.recipe.base import Section, TextSection
+from bipdeploy.recipe.base import DATA, Section, TextSection
 from bipdeploy.recipe.tasks import fault
 
 # What comes after `perplexity.` in other figures: a text of that name could not be told from them.
@@ -17,7 +17,7 @@ _TAKEN = ("max", "dense", "pruned", "ratio", "versus_torch")
 class FurtherText(TextSection):
     """A text that perplexity is measured on besides `evaluate.perplexity.data`."""
 
-    data: str = Field(description=TextSection.model_fields["data"].description)
+    data: str = Field(description=DATA)
 
 
 class PerplexitySection(TextSection):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -117,7 +118,8 @@ def _override(data: dict, item: str, lines: dict[Location, int]) -> None:
 
 def _explain(detail: Any, lines: dict[Location, int]) -> list[str]:
     """One fault of pydantic's as one line (or several, where a validator found several)."""
-    at: Location = tuple(part for part in detail["loc"] if part != "[key]")
+    # Of what is in brackets pydantic says where it is in a type, not in the recipe.
+    at: Location = tuple(part for part in detail["loc"] if not str(part).startswith("["))
     kind, name = detail["type"], _dotted(at)
     prefix = f"line {lines[at]}: " if at in lines else ""
     if kind == "extra_forbidden":
@@ -146,17 +148,23 @@ def fields(at: Location) -> list[str]:
     section: Any = Recipe
     named = False  # the part is a name in a mapping
     for part in at:
-        if named:
+        if named or isinstance(part, int):
             named = False
             continue
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        options = [annotation, *get_args(annotation)]
         named = get_origin(annotation) is dict
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)),
-                       None)
+        section = next(_sections(annotation), None)
         if section is None:
             return []
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a field's type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 def _dotted(at: Location) -> str:

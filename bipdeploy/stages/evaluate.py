@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bipdeploy.data import text, windows
-from bipdeploy.data.calibration import calibration_split, test_split, training_split
+from bipdeploy.data.calibration import (
+    calibration_split,
+    calibration_texts,
+    test_split,
+    training_split,
+)
 from bipdeploy.errors import InputError
 from bipdeploy.measuring import zero_shot
 from bipdeploy.measuring.perplexity import Forward, Perplexity, forward_of, perplexity
@@ -161,22 +166,22 @@ def window_tokens(window: int | str, max_positions: int) -> int:
 
 
 def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
-    """Share of the test text that the recipe's other texts also hold: `calibration`, and `lora`
-    where adapters are trained."""
-    used: dict[str, tuple[TextSection, str]] = {
-        "calibration": (recipe.calibration, calibration_split(recipe))}
+    """Share of the test text that the recipe's other texts also hold: `calibration`, all of its
+    sources together, and `lora` where adapters are trained."""
+    sources = recipe.calibration.sources.values()
+    same = any((own.source, calibration_split(own)) == (test.name, test.split) for own in sources)
+    found = {"calibration": 1.0 if same else windows.overlap(calibration_texts(recipe), test)}
     if recipe.lora.enabled:
-        used["lora"] = (recipe.lora, training_split(recipe))
-    return {name: _held_by(name, section, split, test)
-            for name, (section, split) in used.items()}
+        found["lora"] = _held_by_training(recipe.lora, training_split(recipe), test)
+    return found
 
 
-def _held_by(name: str, section: TextSection, split: str, test: text.Text) -> float:
+def _held_by_training(section: LoraSection, split: str, test: text.Text) -> float:
     if (section.data, split) == (test.name, test.split):
         return 1.0
-    if isinstance(section, LoraSection) and section.format == "alpaca":
-        rows = text.records(section.data, split, ALPACA_COLUMNS, name).rows
+    if section.format == "alpaca":
+        rows = text.records(section.data, split, ALPACA_COLUMNS, "lora").rows
         other = text.Text(section.data, split, tuple(" ".join(row.values()) for row in rows))
     else:
-        other = text.read(section.data, split, section.field, name)
-    return windows.overlap(other, test)
+        other = text.read(section.data, split, section.field, "lora")
+    return windows.overlap([other], test)
