@@ -98,12 +98,11 @@ def test_gates_judge_by_further_texts(measured):
 def test_further_texts_are_in_the_table_and_the_reports(measured):
     _, result = measured
     labels = [row.label for row in summary.collect(result.folders)["rows"]]
-    assert {"Perplexity, window 128", "Perplexity on words, window 64",
-            "Bits/byte on seen, window 128"} <= set(labels)
+    assert {"Perplexity, window 128", "Perplexity, words, 64", "Bits/byte, seen, 128"} <= set(labels)
     assert len(labels) == len(set(labels))
     for page in ("report.md", "report.html"):
         said = (result.folder / "report" / page).read_text()
-        assert "Perplexity on words, window 64" in said and "Perplexity on seen: " in said
+        assert "Perplexity, words, 64" in said and "Perplexity on seen: " in said
 
 
 def test_what_a_further_text_holds_decides_whether_evaluate_is_reused(measured, tmp_path, words):
@@ -125,8 +124,8 @@ def test_the_graph_s_figures_bear_the_names_of_texts():
     assert made == {n for n in expected(recipe) if "perplexity" in n or "bits_per_byte" in n}
     figures = dict.fromkeys([*expected(recipe)], 1.0)
     labels = {row.label for row in summary.rows(figures, {})}
-    assert {"ONNX: perplexity", "ONNX: perplexity on code", "ONNX int8: perplexity on code",
-            "Perplexity on code, window 128"} <= labels
+    assert {"ONNX: perplexity", "ONNX: perplexity, code", "ONNX int8: perplexity, code",
+            "Perplexity, code, 128"} <= labels
 
 
 def test_a_plan_counts_every_text():

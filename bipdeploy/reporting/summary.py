@@ -103,13 +103,10 @@ def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[flo
             text, _, window = name.removeprefix(f"{base}.").rpartition(".")
             # Without a window it is the first one once more.
             if name.startswith(f"{base}.") and (window.isdigit() or window == "max"):
-                found[name] = (f"{label}{_on(text)}, window {window}", shown)
+                # Short where there is a name: rows are to fit 80 columns.
+                found[name] = (f"{label}, {text}, {window}" if text else
+                               f"{label}, window {window}", shown)
     return found
-
-
-def _on(text: str) -> str:
-    """Which text it is, where that has a name."""
-    return f" on {text}" if text else ""
 
 
 def _accuracy(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
@@ -132,7 +129,7 @@ def _onnx(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float]
         title = "ONNX" + prefix.removeprefix("onnx").replace(".", " ")
         found |= {f"{prefix}.bytes": (f"{title}: weights", as_bytes),
                   **{f"{prefix}.perplexity{text_suffix(text)}": (
-                      f"{title}: perplexity{_on(text)}", "{:.2f}".format)
+                      f"{title}: perplexity{text and f', {text}'}", "{:.2f}".format)
                      for text in ["", *_further(figures)]},
                   f"{prefix}.prefill": (f"{title}: prefill", _ms),
                   f"{prefix}.decode": (f"{title}: decode", _rate)}
