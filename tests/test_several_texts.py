@@ -98,7 +98,8 @@ def test_gates_judge_by_further_texts(measured):
 def test_further_texts_are_in_the_table_and_the_reports(measured):
     _, result = measured
     labels = [row.label for row in summary.collect(result.folders)["rows"]]
-    assert {"Perplexity, window 128", "Perplexity, words, 64", "Bits/byte, seen, 128"} <= set(labels)
+    assert {"Perplexity, window 128", "Perplexity, words, 64",
+            "Bits/byte, seen, 128"} <= set(labels)
     assert len(labels) == len(set(labels))
     for page in ("report.md", "report.html"):
         said = (result.folder / "report" / page).read_text()
@@ -371,6 +372,8 @@ HALVES = "{source: c4, share: 0.5}, {source: ptb, share: 0.5}"
     ("data: [{source: c4, share: 0.5}, {source: ptb, share: 0.4}]",
      "data: the shares of the sources make 0.9, and not 1; change them"),
     ("data: [{source: c4, share: 0.5}, {source: c4, share: 0.5}]", "data: 'c4' is given twice"),
+    ("data: [{source: c4, share: 0.5}, {source: c4, split: calibration, share: 0.5}]",
+     "data: 'c4' is given twice"),
     (f"data: [{HALVES}], split: train", "split: 'train' is of one text, and data is a list; give"),
     (f"data: [{HALVES}], field: code", "field: 'code' is of one text, and data is a list; give"),
     (f"data: [{HALVES}], samples: 1", "samples: 1 windows cannot come from 2 sources; raise")])

@@ -64,11 +64,10 @@ class CalibrationSection(Section):
         whole = sum(own.share for own in data)
         if abs(whole - 1) > _ROUNDING:
             raise ValueError(f"the shares of the sources make {whole:g}, and not 1; change them")
-        seen = [(own.source, own.split, own.field) for own in data]
-        twice = next((own.source for own in data
-                      if seen.count((own.source, own.split, own.field)) > 1), None)
-        if twice:
-            raise ValueError(f"{twice!r} is given twice; give it once, with both shares")
+        texts = [(own.source, own.split or "calibration", own.field) for own in data]
+        for text in texts:
+            if texts.count(text) > 1:
+                raise ValueError(f"{text[0]!r} is given twice; give it once, with both shares")
         return data
 
     @model_validator(mode="after")
