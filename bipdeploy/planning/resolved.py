@@ -23,9 +23,9 @@ from bipdeploy.pruning.allocation import part_widths, possible_widths, uniform_w
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recipe import Recipe
 
-# Calibration tokens per input of the widest projection: fewer than these are noted, and as many are
-# drawn where a recipe does not say. On the built-in model at 30% 1.3 end at
-# perplexity 53 to 66 and 5.3 at 44, 10.7 at 39.2, 21 at 38.6, from 34 (docs/pages/method.md).
+# Calibration tokens per input of the widest projection: fewer than these are noted, and as many as
+# these are drawn where a recipe does not say. On the built-in model at 30% 1.3 end at perplexity
+# 53 to 66 and 5.3 at 44, 10.7 at 39.2, 21 at 38.6, from 34 (docs/pages/method.md).
 LITTLE, ENOUGH = 5, 12
 
 

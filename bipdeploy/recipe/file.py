@@ -118,8 +118,9 @@ def _override(data: dict, item: str, lines: dict[Location, int]) -> None:
 
 def _explain(detail: Any, lines: dict[Location, int]) -> list[str]:
     """One fault of pydantic's as one line (or several, where a validator found several)."""
-    # Of what is in brackets pydantic says where it is in a type, not in the recipe.
-    at: Location = tuple(part for part in detail["loc"] if not str(part).startswith("["))
+    # Some parts say where it is in a type (the last two: `calibration.py`), not in the recipe.
+    at: Location = tuple(part for part in detail["loc"]
+                         if part not in ("[key]", "[one]", "[several]"))
     kind, name = detail["type"], _dotted(at)
     prefix = f"line {lines[at]}: " if at in lines else ""
     if kind == "extra_forbidden":
