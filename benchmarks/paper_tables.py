@@ -143,7 +143,8 @@ def recipe(model: str, data: Sequence[str], asked_tasks: Sequence[str],
     if asked_tasks:
         zero_shot["tasks"] = list(asked_tasks)
     return recipe_file.build({
-        "name": "paper-tables", "model": {"id": model}, "calibration": {"data": calibration},
+        "name": "paper-tables", "model": {"id": model},
+        "calibration": {"data": calibration, "samples": 128},
         "prune": {"ratio": asked.ratios[0]},
         "evaluate": {"perplexity": {"data": data[0], "windows": [int(WINDOW)]},
                      "zero_shot": zero_shot},

@@ -192,6 +192,7 @@ def _stage(name: str, model: str, inputs: dict[str, Path], out: PathLike,
     if "dense" in STAGES[name].needs:
         inputs["dense"] = sources.dense_folder(recipe.model)
         resolved = resolved_at(recipe, inputs["dense"])
+        recipe = resolved.recipe
         agreement.require(resolved.checkpoint)
     for artefact in ARTEFACTS:
         if artefact in inputs:

@@ -49,15 +49,22 @@ def _sections(section: Schema, schema: Schema, path: str) -> Iterator[tuple[str,
             yield from _sections(found, schema, inner)
         elif "$ref" in (entries := field.get("additionalProperties") or {}):
             yield f"{path}.{name}.NAME".lstrip("."), _resolved(entries, schema)
+        for option in _options(field):
+            if "$ref" in (entries := option.get("items") or {}):
+                yield f"{path}.{name}.NUMBER".lstrip("."), _resolved(entries, schema)
 
 
 def _inner(field: Schema, schema: Schema) -> Schema | None:
     """The section that a field is, or None."""
-    for option in [field, *field.get("anyOf", [])]:
+    for option in [field, *_options(field)]:
         found = _resolved(option, schema)
         if "properties" in found:
             return found
     return None
+
+
+def _options(field: Schema) -> list[Schema]:
+    return field.get("anyOf", field.get("oneOf", []))
 
 
 def _resolved(field: Schema, schema: Schema) -> Schema:
@@ -87,19 +94,20 @@ def _default(name: str, field: Schema, section: Schema, inner: Schema | None) ->
 def _value(field: Schema, schema: Schema, path: str) -> str:
     """Type, allowed values and bounds in words."""
     if _inner(field, schema):
-        optional = any(o.get("type") == "null" for o in field.get("anyOf", []))
+        optional = any(o.get("type") == "null" for o in _options(field))
         return f"[section](#{_anchor(path)})" + (" or null" if optional else "")
-    if "anyOf" in field:
-        return " or ".join(_value(option, schema, path) for option in field["anyOf"])
+    if _options(field):
+        return " or ".join(_value(option, schema, path) for option in _options(field))
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     words = TYPES[field.get("type", "any")]
     if "items" in field:
-        words += f" of: {_value(field['items'], schema, path)}"
+        inside = path + ".NUMBER" if "$ref" in field["items"] else path
+        words += f" of: {_value(field['items'], schema, inside)}"
     if isinstance(entries := field.get("additionalProperties"), dict):
-        inner = (f"[bounds](#{_anchor(path + '.NAME')})" if "$ref" in entries
+        inner = (f"[section](#{_anchor(path + '.NAME')})" if "$ref" in entries
                  else _value(entries, schema, path))
         words += f" of names to: {inner}"
     if "minItems" in field:

@@ -70,7 +70,8 @@ def test_check_accepts_every_recipe():
     recipes = sorted(RECIPES.glob("*.yaml"))
     done = bipdeploy("check", *recipes)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [f"ok  {path}" for path in recipes]
+    said = [line for line in done.stdout.splitlines() if not line.startswith("    calibration: ")]
+    assert said == [f"ok  {path}" for path in recipes]
 
 
 def test_the_schema_is_printed_as_the_file_that_the_recipes_name():

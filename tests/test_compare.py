@@ -243,6 +243,22 @@ def test_a_cell_is_what_the_stages_give_one_by_one(compared, tiny, tmp_path):
         "block_parameters.ratio"])
 
 
+def test_text_by_rule_is_the_same_for_all_cells_and_as_good_as_its_number(tiny, tmp_path):
+    def planned(*settings: str) -> cells.Plan:
+        return cells.plan(recipe(tiny, tmp_path, {"methods": ["flap"], "ratios": [0.3, 0.5],
+                                                  "repairs": ["none", "bias", "refit"]},
+                                 list(settings)))
+
+    ruled = planned("calibration.samples=null")
+    count = ruled.recipe.calibration.windows
+    assert count == -(-12 * ruled.arch.widest // ruled.recipe.calibration.tokens)
+    assert {cells.recipe_of(ruled.recipe, ruled.arch, cell).calibration.windows
+            for cell in ruled.cells} == {count}
+    given, other = (planned(f"calibration.samples={n}") for n in (count, count + 1))
+    keys = [[cells.key(wanted, cell) for cell in wanted.cells] for wanted in (ruled, given, other)]
+    assert keys[0] == keys[1] and not set(keys[0]) & set(keys[2])
+
+
 def test_every_cell_is_there_with_one_budget_and_nothing_is_left_behind(compared, tiny):
     own, found = compared
     assert found.data["not_run"] == []

@@ -173,6 +173,19 @@ def test_a_change_reruns_the_first_stage_that_depends_on_it(again, override, fir
     assert (result.reused, result.ran) == (NAMES[:NAMES.index(first)], [first])
 
 
+def test_text_that_a_rule_gives_is_reused_where_it_is_the_same(again):
+    """32 windows of 64 are 16/3 tokens for each of 384 channels; half of that is other text."""
+    rule = ("calibration.samples=null", "calibration.tokens_per_channel=5.33")
+    result = again(*rule, until="recover")
+    assert (result.reused, result.ran) == (NAMES[:3], [])
+    result = again(rule[0], "calibration.tokens_per_channel=2.66", until="score")
+    assert result.ran == ["score"]
+    made = artifacts.read_json(again.folder / "score" / "scores.json")["calibration"]
+    assert made["windows"] == [16, 64]
+    section = artifacts.read_manifest(again.folder / "score")["sections"]["calibration"]
+    assert (section["samples"], section["tokens_per_channel"]) == (16, None)
+
+
 def test_where_activations_are_kept_reruns_nothing(again):
     result = again("calibration.spill=true", until="recover")
     assert (result.reused, result.ran) == (NAMES[:3], [])

@@ -249,7 +249,9 @@ def test_text_too_little_to_be_fitted_to_is_said_with_both_numbers(tmp_path):
     assert resolved_at(recipe_file.load(SMOKE, ["calibration.samples=30"]), PICO).text_note is None
     little = "calibration.samples=28"
     said = ("calibration: 1,792 tokens are 4.7 for each of the 384 inputs of the widest "
-            "projection, and a refit to fewer than 5 fits noise; calibration.samples: 72 gives 12")
+            "projection, and a refit to fewer than 5 fits noise; 12 take 72 "
+            "windows, and without calibration.samples and calibration.tokens_per_channel as many "
+            "are drawn")
     assert planned(tmp_path, little).note == said
     assert plan_here(tmp_path, little).stderr == f"note  {said}\n"
     checked = bipdeploy_here("check", SMOKE, "--set", little)
@@ -257,6 +259,45 @@ def test_text_too_little_to_be_fitted_to_is_said_with_both_numbers(tmp_path):
     assert planned(tmp_path, little, "recover.method=none").note is None
     ran = api.run(SMOKE, [little], tmp_path, until="score")
     assert said in artifacts.read_json(ran.folder / "score" / "manifest.json")["notes"]
+
+
+RULE = ("calibration.samples=null",)  # the smoke recipe's windows have 64 tokens
+
+
+@pytest.mark.parametrize(("settings", "windows"), [
+    (RULE, 72), ((*RULE, "calibration.tokens_per_channel=3"), 18),
+    ((*RULE, "calibration.tokens=100"), 47), ((*RULE, "calibration.tokens_per_channel=0.01"), 3)])
+def test_windows_follow_from_the_widest_projection(tmp_path, settings, windows):
+    """384 channels of the built-in model are wider than its 4 heads of 32."""
+    recipe = recipe_file.load(SMOKE, list(settings))
+    found = resolved_at(recipe, PICO)
+    assert recipe.calibration.samples is None
+    assert found.recipe.calibration.windows == windows
+    assert planned(tmp_path, *settings).calibration["windows"] == windows
+
+
+def test_wide_heads_ask_for_as_much_text_as_wide_ffns():
+    shape = {**recipe_file.load(RECIPES / "llama7b-30.yaml").model.shape.config,
+             "num_attention_heads": 100, "num_key_value_heads": 100, "hidden_size": 4096,
+             "head_dim": 128}
+    recipe = recipe_file.load(SMOKE, list(RULE))
+    assert of_config(recipe, shape).recipe.calibration.windows == 12 * 12800 // 64
+
+
+def test_the_number_that_a_rule_gave_costs_what_the_same_number_does(tmp_path):
+    ruled, given = planned(tmp_path, *RULE), planned(tmp_path, "calibration.samples=72")
+    few = planned(tmp_path, "calibration.samples=36")
+    for stage in ("score", "recover"):
+        assert ruled.stages[stage].memory == given.stages[stage].memory > few.stages[stage].memory
+    assert ruled.text == given.text
+
+
+def test_plan_and_check_show_the_text_that_a_rule_gave(tmp_path):
+    said = "72 windows of 64 tokens, 12.0 for each of the 384 inputs of the widest projection"
+    assert f"\ntext     {said}\n" in plan_here(tmp_path, *RULE).stdout
+    checked = bipdeploy_here("check", SMOKE, "--set", *RULE)
+    assert checked.stdout == f"ok  {SMOKE}\n    calibration: {said}\n"
+    assert bipdeploy_here("check", SMOKE).stdout == f"ok  {SMOKE}\n"
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*b-*0.yaml")), ids=lambda path: path.stem)

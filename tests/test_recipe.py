@@ -48,6 +48,13 @@ def test_one_window_cannot_be_held_back():
     assert "recover.refit.ridge: auto holds calibration windows back" in fault
 
 
+def test_the_amount_of_text_is_said_once():
+    (fault,) = faults(MINIMAL + "calibration: {samples: 64, tokens_per_channel: 6}\n")
+    assert fault == ("line 6: calibration: samples (64) and tokens_per_channel (6) both say how "
+                     "much text there is; leave one out, or set it to null")
+    recipe_file.parse(MINIMAL + "calibration: {samples: null, tokens_per_channel: 6}\n", "test")
+
+
 # The recipes that come with the project
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
@@ -161,6 +168,9 @@ def test_a_ratio_outside_0_to_1_is_refused_with_its_line(ratio):
 @pytest.mark.parametrize(("line", "at"), [
     ("calibration: {samples: many}", "calibration.samples"),
     ("calibration: {samples: 0}", "calibration.samples"),
+    ("calibration: {tokens_per_channel: 0}", "calibration.tokens_per_channel"),
+    ("calibration: {tokens_per_channel: .inf}", "calibration.tokens_per_channel"),
+    ("calibration: {tokens_per_channel: few}", "calibration.tokens_per_channel"),
     ("calibration: {tokens: 2}", "calibration.tokens"),
     ("calibration: []", "calibration"),
     ("seed: -1", "seed"),

@@ -20,7 +20,7 @@ from bipdeploy.recipe import file as recipe_file
 from bipdeploy.running import artifacts
 from bipdeploy.sweeping import command, plot, results, running, sharing, trials
 from tests.running import bipdeploy_here, refused
-from tests.sliced import short_calibration
+from tests.sliced import architecture_of, short_calibration
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None,
                                reason="ray is not installed; pip install 'bipdeploy[sweep]'")
@@ -49,6 +49,17 @@ def planned(model, folder, **sweep):
 
 
 # What is run
+
+def test_text_by_rule_is_resolved_for_every_trial(tiny, tmp_path):
+    """Also where what is swept, the window, changes how many there are."""
+    own = recipe(tiny, tmp_path, {"fields": {"calibration.tokens_per_channel": [4, 8],
+                                             "calibration.tokens": [16, 32]}},
+                 ["calibration.samples=null"])
+    widest = architecture_of(tiny).widest
+    assert {t.label: t.recipe.calibration.windows for t in trials.plan(own).trials} == {
+        f"calibration.tokens_per_channel {n}, calibration.tokens {tokens}": -(-n * widest // tokens)
+        for n in (4, 8) for tokens in (16, 32)}
+
 
 def test_every_combination_is_one_trial_made_by_overrides(tiny, tmp_path):
     found = planned(tiny, tmp_path, ratios=[0.4, 0.3], criteria=["flap", "llm_bip:measured"],

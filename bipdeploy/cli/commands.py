@@ -61,11 +61,13 @@ def check(recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML file
     for path in recipes:
         try:
             recipe = recipe_file.load(path, settings or [])
-            note = preflight.check_offline(recipe)
+            resolved = preflight.check_offline(recipe)
             trials.check_offline(recipe)
             console.out.print("[green]ok[/] ", escape(str(path)))
-            if note:
-                console.note(f"{path}: {note}")
+            if resolved and recipe.calibration.samples is None:
+                console.out.print(f"    calibration: {resolved.text}", markup=False)
+            if resolved and resolved.text_note:
+                console.note(f"{path}: {resolved.text_note}")
         except InputError as error:
             named = isinstance(error, RecipeError) or str(path) in str(error)
             faulty.append(str(error) if named else f"{path}: {error}")

@@ -181,6 +181,7 @@ def _show_stages(plan: Plan) -> None:
     console.out.print(f"\nTimes: work over {plan.machine['name']}; loading and starting come on "
                       f"top. A test text of\nunknown length counts as {footprint.TEST_TOKENS} "
                       "tokens; zero-shot tasks and vLLM are left out.")
+    console.out.print(f"text     {plan.text}", markup=False)
     disk = plan.disk
     word = "[red]does not fit[/]: " if disk["needed"] > disk["free"] else ""
     console.out.print(f"disk     {word}{summary.as_bytes(disk['needed'])} needed, "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.data import text
-from bipdeploy.data.calibration import calibration_split, test_split, training_split
+from bipdeploy.data.calibration import fingerprints, test_split, training_split
 from bipdeploy.errors import InputError
 from bipdeploy.measuring import tasks
 from bipdeploy.model import sources
@@ -18,6 +18,7 @@ from bipdeploy.pipeline.preflight import refuse
 from bipdeploy.planning.resolved import Resolved, resolved_at
 from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.methods import Method, method
 from bipdeploy.recipe.names import REPAIRS_COMPARED
 from bipdeploy.recipe.recipe import Recipe
@@ -121,16 +122,29 @@ def _laid_over(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 
 def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
     environment = machine.environment()
-    perplexity, zero_shot = recipe.evaluate.perplexity, recipe.evaluate.zero_shot
+    zero_shot = recipe.evaluate.zero_shot
     return {
         "model": sources.fingerprint(dense), "code": environment["code"],
         "libraries": environment["libraries"] | {
             name: machine.version_of(name) for name in ("lm_eval",) if zero_shot.enabled},
         "gpus": [] if recipe.model.device == "cpu" else environment["hardware"]["gpus"],
-        "calibration": text.fingerprint(recipe.calibration.data, calibration_split(recipe)),
-        "test": [text.fingerprint(data, test_split(recipe))
-                 for data in (perplexity.data, *recipe.compare.data)],
+        "calibration": fingerprints(recipe),
+        "test": [text.fingerprint(own.data, test_split(own))
+                 for own in test_texts(recipe).values()],
         "tasks": tasks.fingerprint(zero_shot.tasks) if zero_shot.enabled else {}}
+
+
+def test_texts(recipe: Recipe) -> dict[str, TextSection]:
+    """The texts that are measured on, by the name that tables show. Raises InputError where two
+    have one."""
+    section = recipe.evaluate.perplexity
+    found: dict[str, TextSection] = {data: section.model_copy(update={"data": data})
+                                     for data in (section.data, *recipe.compare.data)}
+    for name in section.texts:
+        if name in found:
+            raise InputError(f"evaluate.perplexity.texts.{name}: tables show texts by name, and "
+                             f"another text's data is {name}; call this one something else")
+    return {**found, **section.texts}
 
 
 def dense_key(wanted: Plan) -> str:

@@ -136,8 +136,14 @@ def protocol(data: Mapping[str, Any]) -> str:
     calibration = data["recipe"]["calibration"]
     return (f"Mean over seeds ± the largest distance from it. Every method has the same budget, "
             f"calibration windows (per seed: {calibration['samples']} of {calibration['tokens']} "
-            f"tokens of {calibration['data']}) and test windows. Made by\n\n"
+            f"tokens of {_texts(calibration['data'])}) and test windows. Made by\n\n"
             f"    {data['command']}\n")
+
+
+def _texts(data: str | Sequence[Mapping[str, Any]]) -> str:
+    """The recipe's `calibration.data` in words."""
+    return data if isinstance(data, str) else " and ".join(
+        f"{own['source']} ({own['share']:.0%})" for own in data)
 
 
 def as_csv(summary: Records) -> str:

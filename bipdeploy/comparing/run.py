@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bipdeploy.comparing import records
-from bipdeploy.comparing.cells import Cell, Plan, dense_key, key, recipe_of
+from bipdeploy.comparing.cells import Cell, Plan, dense_key, key, recipe_of, test_texts
 from bipdeploy.data import text, windows
 from bipdeploy.data.calibration import calibration_batches, test_split
 from bipdeploy.errors import BipdeployError, StageError
@@ -68,16 +68,15 @@ class Meter:
     def _texts(self) -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
         """Token ids by text, with where they came from."""
         found = {}
-        for data in dict.fromkeys((self._section.data, *self.recipe.compare.data)):
-            source = text.read(data, test_split(self.recipe), self._section.field,
-                               "evaluate.perplexity")
+        for name, own in test_texts(self.recipe).items():
+            source = text.read(own.data, test_split(own), own.field, "evaluate.perplexity")
             overlap = check_overlap(self.recipe, source)
             for used, share in overlap.items():
                 if share > OVERLAP_LIMIT:
-                    self._reporter.note(f"{share:.1%} of {data} also stands in the text of {used}: "
+                    self._reporter.note(f"{share:.1%} of {name} also stands in the text of {used}: "
                                         "perplexities are too good; use another text or split")
             ids = windows.leading(source, self.dense, self._section.max_tokens).ids
-            found[data] = ids, {
+            found[name] = ids, {
                 "split": source.split, "sha256": source.sha256, "tokens": len(ids),
                 "overlap": overlap, "windows": self._lengths}
         return found
@@ -97,7 +96,7 @@ class Meter:
         if not path.is_file():
             perplexities, answers = self._measure(self.dense)
             artifacts.write_json(path, {
-                "perplexity": perplexities, "test": {d: about for d, (_, about)
+                "perplexity": perplexities, "test": {n: about for n, (_, about)
                                                      in self._texts.items()},
                 "dtype": str(self._dtype), "device": str(self._device),
                 "answers": {name: vars(own) for name, own in answers.items()}})
@@ -121,10 +120,10 @@ class Meter:
         model = loading.load_model(folder, self._dtype, self._device,
                                    trust_remote_code=self.recipe.model.trust_remote_code)
         found: dict[str, Any] = {}
-        for data, (ids, _) in self._texts.items():
+        for name, (ids, _) in self._texts.items():
             for window, length in self._lengths.items():
                 value = perplexity(forward_of(model), ids, length, self._section.batch)
-                found.setdefault(data, {})[window] = {
+                found.setdefault(name, {})[window] = {
                     "perplexity": min(value.perplexity, 1e300), "nats": value.nats,
                     "predicted": value.tokens}
         if not self._tasks:

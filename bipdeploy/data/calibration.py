@@ -8,44 +8,83 @@ from typing import TYPE_CHECKING, Any
 
 from bipdeploy.data import sampling, text, windows
 from bipdeploy.errors import InputError
+from bipdeploy.recipe.base import TextSection
+from bipdeploy.recipe.calibration import SourceSection
 from bipdeploy.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
 
-def calibration_split(recipe: Recipe) -> str:
-    return recipe.calibration.split or "calibration"
+def calibration_split(source: SourceSection) -> str:
+    return source.split or "calibration"
 
 
 def training_split(recipe: Recipe) -> str:
     return recipe.lora.split or "calibration"
 
 
-def test_split(recipe: Recipe) -> str:
-    return recipe.evaluate.perplexity.split or "test"
+def test_split(section: TextSection) -> str:
+    return section.split or "test"
+
+
+def calibration_texts(recipe: Recipe) -> list[text.Text]:
+    """The texts that calibrate, read."""
+    return [_read(name, source) for name, source in recipe.calibration.sources.items()]
+
+
+def fingerprints(recipe: Recipe) -> list[str]:
+    """What changes when one of the texts does (see `text.fingerprint`)."""
+    return [text.fingerprint(own.source, calibration_split(own))
+            for own in recipe.calibration.sources.values()]
 
 
 def calibration_batches(recipe: Recipe, model: Path,
                         max_positions: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Batches of windows [B, T] for a model's tokenizer, and their provenance.
+    """Batches of windows [B, T] for a model's tokenizer, and their provenance; of a recipe that
+    was resolved.
 
     The same recipe gives the same windows in every stage. Of a text that is much larger than what
-    is asked for only parts are tokenised (see `sampling.parts`).
+    is asked for only parts are tokenised (see `sampling.parts`). Windows of several sources take
+    turns, each source's in the order of its text.
     """
+    import torch
+
     section = recipe.calibration
     if section.tokens > max_positions:
         raise InputError(f"calibration.tokens: {section.tokens} is longer than the model's maximum "
                          f"of {max_positions}; lower it")
-    source = text.read(section.data, calibration_split(recipe), section.field, "calibration")
-    for part in sampling.parts(source, section.samples * section.tokens, recipe.seed,
-                               section.tokens):
-        ids = windows.token_ids(part, model)
-        if len(ids) >= section.samples * section.tokens:
-            break
-    drawn = windows.draw(ids, section.samples, section.tokens, recipe.seed)
-    provenance = {"data": source.name, "split": source.split, "text_sha256": source.sha256,
-                  "tokenised": sampling.described(source, part),
+    counts = sampling.apportioned(section.windows, [own.share for own in section.sources.values()])
+    found = [_drawn(recipe, model, name, count)
+             for name, count in zip(section.sources, counts, strict=True)]
+    drawn = torch.stack([found[source][0][number]
+                         for source, number in sampling.interleaved(counts)])
+    origins = [origin for _, origin in found]
+    if len(origins) > 1:
+        for origin, own, count in zip(origins, section.sources.values(), counts, strict=True):
+            origin |= {"share": own.share, "windows": count}
+    provenance = {**(origins[0] if len(origins) == 1 else {"sources": origins}),
                   "windows": list(drawn.shape), "seed": recipe.seed,
                   "windows_sha256": hashlib.sha256(drawn.numpy().tobytes()).hexdigest()}
     return list(drawn.split(section.batch)), provenance
+
+
+def _read(name: str, source: SourceSection) -> text.Text:
+    section, _, key = name.rpartition(".")
+    return text.read(source.source, calibration_split(source), source.field, section, key)
+
+
+def _drawn(recipe: Recipe, model: Path, name: str,
+           count: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """`count` windows [S, T] of a source, and where they come from."""
+    section = recipe.calibration
+    source = _read(name, section.sources[name])
+    for part in sampling.parts(source, count * section.tokens, recipe.seed, section.tokens):
+        ids = windows.token_ids(part, model)
+        if len(ids) >= count * section.tokens:
+            break
+    alone = len(section.sources) == 1
+    drawn = windows.draw(ids, count, section.tokens, recipe.seed,
+                         "the text" if alone else source.name)
+    return drawn, {"data": source.name, "split": source.split, "text_sha256": source.sha256,
+                   "tokenised": sampling.described(source, part)}

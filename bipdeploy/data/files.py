@@ -52,23 +52,23 @@ def fault(path: Path) -> str | None:
         return f"{str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
-def running(path: Path, where: str) -> str:
-    """The text of a .txt file, lines ended by \\n. `where` is the recipe's section with a dot, for
+def running(path: Path, field: str) -> str:
+    """The text of a .txt file, lines ended by \\n. `field` is the recipe's that names it, for
     messages. Raises InputError with one line where it is not UTF-8 text."""
     content, reason = _decoded(path)
     if reason:
-        raise InputError(f"{where}data: {path} is not readable UTF-8 text: {reason}")
+        raise InputError(f"{field}: {path} is not readable UTF-8 text: {reason}")
     return content.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def table(path: Path, where: str) -> Table:
+def table(path: Path, field: str) -> Table:
     """The columns of a .jsonl, .json or .parquet file. Raises InputError with one line where it is
     not such a file; so may the columns that are read later."""
     kind = path.suffix[1:].lower()
     try:
-        return _parquet(path, where) if kind == "parquet" else _json(path, kind)
+        return _parquet(path, field) if kind == "parquet" else _json(path, kind)
     except _Damaged as error:
-        raise InputError(f"{where}data: {path} is not readable as {kind}: {error}") from error
+        raise InputError(f"{field}: {path} is not readable as {kind}: {error}") from error
 
 
 class _Damaged(ValueError):
@@ -176,7 +176,7 @@ def _object(row: Any, place: str) -> dict[str, Any]:
     return row
 
 
-def _parquet(path: Path, where: str) -> Table:
+def _parquet(path: Path, field: str) -> Table:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -185,7 +185,7 @@ def _parquet(path: Path, where: str) -> Table:
             with path.open("rb") as file:
                 return ParquetFile(file).read(columns=[name]).column(name).to_pylist()
         except (ArrowException, OSError, ValueError, KeyError) as error:
-            raise InputError(f"{where}data: {path} is not readable as parquet: column "
+            raise InputError(f"{field}: {path} is not readable as parquet: column "
                              f"{name!r}: {_line(error)}") from error
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Protocol, TypeVar
@@ -59,6 +59,29 @@ def parts(source: D, tokens: int, seed: int, window: int | None = None) -> Itera
             yield pieces.take(sorted(order[:bisect_left(reached, wanted) + 1]))
             wanted *= 4
     yield source
+
+
+def apportioned(count: int, shares: Sequence[float]) -> list[int]:
+    """`count` by shares, to whole numbers by largest remainders, each at least 1."""
+    assert count >= len(shares)
+    wanted = [count * share / sum(shares) for share in shares]
+    found = [max(1, int(exact)) for exact in wanted]
+    while (left := count - sum(found)):
+        behind = [exact - own for exact, own in zip(wanted, found, strict=True)]
+        if left > 0:
+            found[behind.index(max(behind))] += 1
+        else:  # what was raised to 1 is taken from those that have most above their share
+            most = min((own, place) for place, own in enumerate(behind) if found[place] > 1)[1]
+            found[most] -= 1
+    return found
+
+
+def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(source, number) of all windows of several sources, each spread evenly over the whole, so
+    that a part of it, such as the end, has about the same shares."""
+    places = [((number + 0.5) / count, source, number) for source, count in enumerate(counts)
+              for number in range(count)]
+    return [(source, number) for _, source, number in sorted(places)]
 
 
 def described(source: Drawable, part: Drawable) -> dict[str, Any]:

@@ -83,30 +83,32 @@ class Text:
                        if self.conversations else ())
 
 
-def read(data: str, split: str, field: str = "text", section: str = "") -> Text:
+def read(data: str, split: str, field: str = "text", section: str = "",
+         key: str = "data") -> Text:
     """Read a text by name, file or hub set. `split` is calibration, validation or test; `section`
-    is the recipe's, for messages.
+    is the recipe's, and `key` names the text in it, for messages.
 
     Raises InputError with one line where it cannot be had or holds no text.
     """
     where = f"{section}." if section else ""
+    named = where + key
     conversations: list[Conversation] = []
     if data.startswith("builtin:"):
         if data != "builtin:pydocs":
-            raise InputError(f"{where}data: no built-in text {data!r}"
+            raise InputError(f"{named}: no built-in text {data!r}"
                              f"{did_you_mean(data, ['builtin:pydocs'])}")
         documents = pydocs.documents(_check_split(data, split, pydocs.SPLITS, where))
     elif data in HUB_SETS:
         own = HUB_SETS[data].field
         # Blank rows stay: the published perplexities join all rows by blank lines.
         documents, conversations = columns.read(
-            _hub_table(data, split, where).column(own),
-            f"{where}data: {data}: column {own!r}", blanks=True)
+            _hub_table(data, split, where, named).column(own),
+            f"{named}: {data}: column {own!r}", blanks=True)
     else:
-        documents, conversations = _from_file(data, field, where)
+        documents, conversations = _from_file(data, field, where, named)
     documents = documents or [chat.said(messages) for messages in conversations]
     if not any(document.strip() for document in documents):
-        raise InputError(f"{where}data: {data!r} (split {split}) holds no text")
+        raise InputError(f"{named}: {data!r} (split {split}) holds no text")
     return Text(data, split, tuple(documents), tuple(conversations))
 
 
@@ -139,21 +141,22 @@ def records(data: str, split: str, names: Sequence[str], section: str = "") -> R
     what is no text.
     """
     where = f"{section}." if section else ""
+    named = f"{where}data"
     if is_running_text(data):
-        raise InputError(f"{where}data: {data} has no columns {', '.join(names)}; give a .jsonl "
+        raise InputError(f"{named}: {data} has no columns {', '.join(names)}; give a .jsonl "
                          "or .parquet file that has, or alpaca")
-    table = (_hub_table(data, split, where) if data in HUB_SETS
-             else files.table(_require_file(data, where), where))
+    table = (_hub_table(data, split, where, named) if data in HUB_SETS
+             else files.table(_require_file(data, named), named))
     missing = [name for name in names if name not in table.names]
     if missing:
-        raise InputError(f"{where}data: {data} has no column {missing[0]!r} (it has "
+        raise InputError(f"{named}: {data} has no column {missing[0]!r} (it has "
                          f"{', '.join(table.names)}); {', '.join(names)} are needed"
                          + _conversations_in(table.names, f"{where}format: text and {where}field"))
-    found = [columns.texts(table.column(name), f"{where}data: {data}: column {name!r}")
+    found = [columns.texts(table.column(name), f"{named}: {data}: column {name!r}")
              for name in names]
     rows = tuple(dict(zip(names, row, strict=True)) for row in zip(*found, strict=True))
     if not rows:
-        raise InputError(f"{where}data: {data!r} (split {split}) holds no rows")
+        raise InputError(f"{named}: {data!r} (split {split}) holds no rows")
     return Records(data, split, rows)
 
 
@@ -199,17 +202,18 @@ def _check_split(data: str, split: str, known: tuple[str, ...], where: str) -> s
     return split
 
 
-def _require_file(data: str, where: str) -> Path:
+def _require_file(data: str, named: str) -> Path:
     if fault := check(data):
-        raise InputError(f"{where}data: {fault}")
+        raise InputError(f"{named}: {fault}")
     return files.located(data)
 
 
-def _from_file(data: str, field: str, where: str) -> tuple[list[str], list[Conversation]]:
-    path = _require_file(data, where)
+def _from_file(data: str, field: str, where: str,
+               named: str) -> tuple[list[str], list[Conversation]]:
+    path = _require_file(data, named)
     if is_running_text(data):
-        return [files.running(path, where)], []
-    table = files.table(path, where)
+        return [files.running(path, named)], []
+    table = files.table(path, named)
     if field not in table.names:
         raise InputError(f"{where}field: {path} has no column {field!r}"
                          f"{did_you_mean(field, table.names)}"
@@ -223,7 +227,7 @@ def _conversations_in(names: Sequence[str], setting: str) -> str:
     return f"; set {setting}: {usual[0]}" if usual else ""
 
 
-def _hub_table(name: str, split: str, where: str) -> files.Table:
+def _hub_table(name: str, split: str, where: str, named: str) -> files.Table:
     from datasets import config, load_dataset
 
     hub = HUB_SETS[name]
@@ -239,7 +243,7 @@ def _hub_table(name: str, split: str, where: str) -> files.Table:
         if full:
             raise InputError(full) from error
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where}data: {name} ({hub.path}) could not be had from the hub: "
+        raise InputError(f"{named}: {name} ({hub.path}) could not be had from the hub: "
                          f"{line[:160]}; offline, use builtin:pydocs or a local .txt or .jsonl "
                          "file") from error
     return files.Table(rows.column_names, lambda column: rows[column])

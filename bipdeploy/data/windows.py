@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -162,33 +162,36 @@ def require_known(ids: torch.Tensor, folder: Path) -> torch.Tensor:
     return ids
 
 
-def draw(ids: torch.Tensor, samples: int, tokens: int, seed: int) -> torch.Tensor:
+def draw(ids: torch.Tensor, samples: int, tokens: int, seed: int,
+         name: str = "the text") -> torch.Tensor:
     """`samples` distinct, non-overlapping windows of a token sequence, drawn by `seed`.
 
-    Returns [samples, tokens], in the order of the text. Raises InputError where the text is
-    too short.
+    Returns [samples, tokens], in the order of the text. Raises InputError where the text, which is
+    called by its `name`, is too short.
     """
     import torch
 
     available = len(ids) // tokens
     if available < samples:
-        raise InputError(f"calibration.samples: the text has {len(ids)} tokens, which is "
+        raise InputError(f"calibration.samples: {name} has {len(ids)} tokens, which is "
                          f"{available} windows of {tokens}, and {samples} are asked for; lower "
-                         "samples or tokens, or give a longer text")
+                         "samples or tokens (or tokens_per_channel, where samples is left out), "
+                         "or give a longer text")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:samples].sort().values
     return ids[:available * tokens].view(available, tokens)[chosen]
 
 
-def overlap(calibration: Text, test: Text, words: int = 13) -> float:
-    """Share of the test text's `words`-grams that the calibration text also holds.
+def overlap(seen: Iterable[Text], test: Text, words: int = 13) -> float:
+    """Share of the test text's `words`-grams that one of the texts that were `seen` also holds.
 
     Thirteen words is the length that contamination studies use (Brown et al. 2020, appendix C).
     """
     asked = list(_grams(test, words))
     missing = set(asked)
-    for gram in _grams(calibration, words):
-        missing.discard(gram)
+    for text in seen:
+        for gram in _grams(text, words):
+            missing.discard(gram)
     return sum(gram not in missing for gram in asked) / len(asked) if asked else 0.0
 
 

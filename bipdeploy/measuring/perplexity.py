@@ -35,18 +35,19 @@ Forward = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 def perplexity(forward: Forward, ids: torch.Tensor, window: int, batch: int,
-               advance: Callable[[int], None] = lambda _: None) -> Perplexity:
+               advance: Callable[[int], None] = lambda _: None, *,
+               field: str = "evaluate.perplexity") -> Perplexity:
     """Token-level perplexity of a causal model on a token sequence [tokens].
 
     The sequence is cut into non-overlapping windows; each is read on its own, and its first token
     is context only. The rest that fills no window is left out. Raises InputError where not even
-    one window fits, StageError where the logits are NaN.
+    one window fits, naming the recipe's `field`, StageError where the logits are NaN.
     """
     import torch
 
     count = len(ids) // window
     if not count:
-        raise InputError(f"evaluate.perplexity: the text has {len(ids)} tokens, which fills no "
+        raise InputError(f"{field}: the text has {len(ids)} tokens, which fills no "
                          f"window of {window}; give a longer text or a shorter window")
     total = 0.0
     with torch.inference_mode():

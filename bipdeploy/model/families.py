@@ -110,6 +110,11 @@ class Architecture:
     def uniform(self) -> bool:
         return len(set(self.blocks)) == 1 and self.blocks[0].heads > 0 < self.blocks[0].intermediate
 
+    @property
+    def widest(self) -> int:
+        """Inputs of the widest output projection, of an attention or an FFN."""
+        return max(max(w.intermediate, w.heads * self.head_dim) for w in self.blocks)
+
     def kv_group_parameters(self, block: int, group: int | None = None) -> int:
         """Parameters of one KV head with its query heads: rows of q, k, v and columns of o."""
         queries = self.blocks[block].group if group is None else group

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.data import text
-from bipdeploy.data.calibration import calibration_split, test_split, training_split
+from bipdeploy.data.calibration import fingerprints, test_split, training_split
 from bipdeploy.measuring import tasks
 from bipdeploy.model import sources
 from bipdeploy.planning.resolved import Resolved
@@ -43,9 +43,10 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
                      if s != "lora" or recipe.lora.enabled},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
-        parts["calibration"] = text.fingerprint(recipe.calibration.data, calibration_split(recipe))
+        parts["calibration"] = fingerprints(recipe)
     if "evaluate" in stage.sections:
-        parts["test"] = text.fingerprint(recipe.evaluate.perplexity.data, test_split(recipe))
+        parts["test"] = [text.fingerprint(own.data, test_split(own))
+                         for own in recipe.evaluate.perplexity.every.values()]
         if recipe.evaluate.zero_shot.enabled:
             parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
     if "lora" in stage.sections and recipe.lora.enabled:
@@ -80,6 +81,7 @@ def plain(value: Any, without: set[str] | None = None) -> Any:
 
 def local_texts(recipe: Recipe) -> list[Path]:
     """The files here that a run reads as text."""
-    named = (recipe.calibration.data, recipe.evaluate.perplexity.data, recipe.lora.data)
+    named = (*(own.source for own in recipe.calibration.sources.values()), recipe.lora.data,
+             *(own.data for own in recipe.evaluate.perplexity.every.values()))
     return [path for path in (Path(data).expanduser() for data in dict.fromkeys(named))
             if path.is_file()]

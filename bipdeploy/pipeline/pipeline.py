@@ -87,6 +87,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
         due = _due(names, folder, keys, force, start)
         _require_places(resolved, folder, due)
         footprint.require_space(resolved, resolved.uniform, due, folder)
+        recipe = resolved.recipe
         for name in due[1:]:  # the first says it itself, at once
             STAGES[name].rehearse(resolved)
         result = RunResult(folder, keys=keys)

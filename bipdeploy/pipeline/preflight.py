@@ -16,6 +16,7 @@ from bipdeploy.planning.resolved import Resolved, of_config, resolve
 from bipdeploy.planning.targets import TARGETS
 from bipdeploy.pruning.allocation import narrowest
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.evaluate import text_field
 from bipdeploy.recipe.model import ShapeSection
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.stages.repairs import REPAIRS
@@ -73,9 +74,10 @@ def _same_shape(found: Architecture, shape: ShapeSection) -> None:
 
 def check_texts(recipe: Recipe) -> None:
     """Refuse texts that are neither known by name nor files here. Raises InputError for all."""
-    named = {"calibration.data": recipe.calibration.data}
+    named = {name: own.source for name, own in recipe.calibration.sources.items()}
     if recipe.evaluate.perplexity.enabled:
-        named["evaluate.perplexity.data"] = recipe.evaluate.perplexity.data
+        named |= {f"{text_field(name)}.data": own.data
+                  for name, own in recipe.evaluate.perplexity.every.items()}
     if recipe.lora.enabled:
         named["lora.data"] = recipe.lora.data
     listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]
@@ -94,17 +96,17 @@ def check_tasks(recipe: Recipe) -> None:
         tasks.find(recipe.evaluate.zero_shot.tasks)
 
 
-def check_offline(recipe: Recipe) -> str | None:
-    """All of `refuse` that needs no network: a model on the hub is not looked at. Returns what the
-    recipe should be changed for, where that is known."""
+def check_offline(recipe: Recipe) -> Resolved | None:
+    """All of `refuse` that needs no network: a model on the hub is not looked at. Returns the
+    recipe with the model's sizes, where these are known."""
     if sources.is_local(recipe.model.id):
         resolved = resolve(recipe)
         refuse(resolved)
         # What is no plain checkpoint is written out first.
         if resolved.folder and not (recipe.model.dequantize or weights.wrapper(resolved.folder)):
             agreement.require(resolved.checkpoint)
-        return resolved.text_note
+        return resolved
     check_texts(recipe)
     check_tasks(recipe)
     shape = recipe.model.shape
-    return of_config(recipe, shape.config).text_note if shape else None
+    return of_config(recipe, shape.config) if shape else None

@@ -87,15 +87,14 @@ def memory(s: Sizes) -> dict[str, float]:
     block = max(arch.block_parameters(i) for i in range(len(arch.blocks)))
     widest = max(arch.blocks, key=lambda w: w.intermediate)
     calibration = recipe.calibration
-    windows = calibration.samples * calibration.tokens * arch.hidden * value * (
+    windows = calibration.windows * calibration.tokens * arch.hidden * value * (
         not calibration.spill)
     batch = calibration.batch * calibration.tokens * value * (
         4 * arch.hidden + 3 * widest.intermediate + 4 * widest.heads * arch.head_dim)
     walking = max(s.stored * table, 2 * block * value + batch) + windows
     needs = CRITERIA[recipe.score.criterion].needs
     # Sums over all pairs of inputs, their inverse, and what a round leaves of it; float64.
-    dense_inputs, inputs = (max(max(w.intermediate, w.heads * arch.head_dim) for w in a.blocks)
-                            for a in (arch, s.pruned))
+    dense_inputs, inputs = arch.widest, s.pruned.widest
     jointly = 8 * 3 * dense_inputs * (dense_inputs + arch.hidden)
     scoring = (walking + ("gradients" in needs) * windows * len(arch.blocks)
                + ("outer" in needs) * jointly)
@@ -147,8 +146,8 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     """Time of each stage over a roofline: FLOP/s and bytes/s. Lower bounds, loading left out."""
     recipe, arch, value = s.recipe, s.dense, s.computed
     calibration = recipe.calibration
-    tokens = calibration.samples * calibration.tokens
-    passes = calibration.samples * cost.flops(arch, calibration.tokens).whole(arch.blocks)
+    tokens = calibration.windows * calibration.tokens
+    passes = calibration.windows * cost.flops(arch, calibration.tokens).whole(arch.blocks)
     weights = value * arch.parameters()
 
     def roof(work: float, moved: float) -> float:
@@ -171,11 +170,11 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
                               1 + share * points * (len(arch.blocks) + 1))
         searching += sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
                          for size in (w.heads * arch.head_dim, w.intermediate))
-    pruned = calibration.samples * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
+    pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
     refit = sum(2 * tokens * size * size + size ** 3 / 3 for w in s.pruned.blocks
                 for size in (w.heads * arch.head_dim, w.intermediate))
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
-    test = perplexity.max_tokens or TEST_TOKENS
+    test = len(perplexity.every) * (perplexity.max_tokens or TEST_TOKENS)
     read = 0.0
     for window in (min(2048, arch.max_positions) if w == "max" else w for w in perplexity.windows):
         for model in (arch, s.pruned):
@@ -200,7 +199,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
 def judged(recipe: Recipe) -> float:
     """The share of the calibration windows that a search judges by, not fits to."""
     most = 0.5 if recipe.recover.method == "refit" else 1.0
-    return min(most, recipe.prune.search.windows / recipe.calibration.samples)
+    return min(most, recipe.prune.search.windows / recipe.calibration.windows)
 
 
 def roofline(arch: Architecture, value: int, batch: int, context: int, flops: float,

@@ -46,8 +46,9 @@ class Plan:
     `costs`: by name, of `dense` and `pruned`: bytes, and FLOPs per token. `speedups`: how many
     times as fast at the `memory_bound` and the `compute_bound` end. `roofline`: seconds on the GPU,
     by phase, lower bounds. `stages`: estimates over the figures of `machine`. `disk`: bytes that
-    a run `needed` and that are `free`; None of a finished one. `note`: what the recipe should be
-    changed for.
+    a run `needed` and that are `free`; None of a finished one. `calibration`: the `windows` that
+    are drawn, and the `tokens` of each; `text`: the same in words. `note`: what the recipe should
+    be changed for.
     """
 
     name: str
@@ -72,6 +73,8 @@ class Plan:
     machine: dict[str, Any]
     stages: dict[str, footprint.Stage]
     disk: dict[str, float]
+    calibration: dict[str, int]
+    text: str
     note: str | None
 
 
@@ -112,7 +115,8 @@ def make(resolved: Resolved, made: Sequence[BlockWidths] | None, folder: Path) -
                   "compute_bound": _gain(costs["prefill_flops_per_token"])},
         gpu=gpu, roofline=_roofline(gpu, arch, after, sized.computed, recipe) if gpu else None,
         machine=machine, stages=stages, disk={"needed": needed, "free": free},
-        note=resolved.text_note)
+        calibration={"windows": recipe.calibration.windows, "tokens": recipe.calibration.tokens},
+        text=resolved.text, note=resolved.text_note)
 
 
 def _ratio(resolved: Resolved, pruned: Sequence[BlockWidths]) -> float:

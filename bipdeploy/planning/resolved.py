@@ -6,6 +6,7 @@ and raises InputError where it cannot be met.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,14 +23,16 @@ from bipdeploy.pruning.allocation import part_widths, possible_widths, uniform_w
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recipe import Recipe
 
-# Calibration tokens per input of the widest projection. On the built-in model at 30% 1.3 end at
-# perplexity 53 to 66 and 5.3 at 44, 10.7 at 39.2, 21 at 38.6, from 34 (docs/pages/method.md).
+# Calibration tokens per input of the widest projection: fewer than these are noted, and as many as
+# these are drawn where a recipe does not say. On the built-in model at 30% 1.3 end at perplexity
+# 53 to 66 and 5.3 at 44, 10.7 at 39.2, 21 at 38.6, from 34 (docs/pages/method.md).
 LITTLE, ENOUGH = 5, 12
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """`config`: what the dense model's `config.json` says, and `architecture` the sizes in it.
+    """`recipe`: with `calibration.samples` given. `config`: what the dense model's `config.json`
+    says, and `architecture` the sizes in it.
 
     `folder`: the model's; None where the recipe's `model.shape` stands in for a file that cannot be
     had. `times`: the key of the measured times that the budget is about, None where it is about
@@ -86,17 +89,25 @@ class Resolved:
         return part_widths(self.architecture, self.section, tensor_parallel=self.parallel)
 
     @property
+    def text(self) -> str:
+        """How much text calibrates, in a few words."""
+        calibration, widest = self.recipe.calibration, self.architecture.widest
+        tokens = calibration.windows * calibration.tokens
+        return (f"{calibration.windows} windows of {calibration.tokens} tokens, "
+                f"{tokens / widest:.1f} for each of the {widest:,} inputs of the widest projection")
+
+    @property
     def text_note(self) -> str | None:
         """That the calibration text is little for what is fitted to it; None where it is not."""
-        calibration, arch = self.recipe.calibration, self.architecture
-        widest = max(max(w.intermediate, w.heads * arch.head_dim) for w in arch.blocks)
-        tokens = calibration.samples * calibration.tokens
+        calibration, widest = self.recipe.calibration, self.architecture.widest
+        tokens = calibration.windows * calibration.tokens
         if self.recipe.recover.method != "refit" or tokens >= LITTLE * widest:
             return None
         wanted = -(-ENOUGH * widest // calibration.tokens)
         return (f"calibration: {tokens:,} tokens are {tokens / widest:.1f} for each of the "
                 f"{widest:,} inputs of the widest projection, and a refit to fewer than {LITTLE} "
-                f"fits noise; calibration.samples: {wanted} gives {ENOUGH}")
+                f"fits noise; {ENOUGH} take {wanted} windows, and without calibration.samples and "
+                "calibration.tokens_per_channel as many are drawn")
 
     @property
     def possible(self) -> tuple[BlockWidths, ...]:
@@ -146,7 +157,20 @@ def of_config(recipe: Recipe, config: Mapping[str, Any], folder: Path | None = N
 
 def _resolved(recipe: Recipe, config: Mapping[str, Any], folder: Path | None,
               arch: Architecture) -> Resolved:
+    recipe = _with_text(recipe, arch)
     asked = recipe.prune.target
     times = (latency.key(config, arch, recipe.model, asked.batch, asked.tokens)
              if asked and "times" in TARGETS[asked.kind].needs else None)
     return Resolved(recipe, config, folder, arch, times, latency.lookup(times) if times else None)
+
+
+def _with_text(recipe: Recipe, arch: Architecture) -> Recipe:
+    """The recipe with a number of calibration windows, which otherwise follows from the model."""
+    section = recipe.calibration
+    if section.samples is not None:
+        return recipe
+    tokens = (section.tokens_per_channel or ENOUGH) * arch.widest
+    # Some windows judge refits in a search, and some the ridge of those to the others.
+    samples = max(3, len(section.sources), math.ceil(tokens / section.tokens))
+    own = {"samples": samples, "tokens_per_channel": None}
+    return recipe.model_copy(update={"calibration": section.model_copy(update=own)})

@@ -37,7 +37,7 @@ class CompareSection(Section):
         [0, 1, 2], min_length=1, description="Each draws its own calibration windows and random "
         "scores.")
     data: list[str] = Field(
-        [], description="Further texts, beside evaluate.perplexity.data, whose perplexity is "
+        [], description="Further texts, beside those of evaluate.perplexity, whose perplexity is "
         "recorded.")
 
     @field_validator("also")

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from bipdeploy.recipe.base import Section, TextSection
+from bipdeploy.recipe.base import DATA, Section, TextSection
 from bipdeploy.recipe.tasks import fault
+
+# What comes after `perplexity.` in other figures: a text of that name could not be told from them.
+_TAKEN = ("max", "dense", "pruned", "ratio", "versus_torch")
+
+
+class FurtherText(TextSection):
+    """A text that perplexity is measured on besides `evaluate.perplexity.data`."""
+
+    data: str = Field(description=DATA)
 
 
 class PerplexitySection(TextSection):
     """Token-level perplexity over non-overlapping windows."""
 
     enabled: bool = Field(True, description="Measure perplexity, dense and pruned.")
+    texts: dict[str, FurtherText] = Field(
+        default_factory=dict, description="Further texts by name, such as `code: {data: "
+        "code.jsonl, field: content}`, measured in the same windows. Their figures bear the name: "
+        "`perplexity.code.ratio`.")
     windows: list[Annotated[int, Field(ge=2)] | Literal["max"]] = Field(
         [128], min_length=1, description="Window lengths in tokens; the first is the one that "
         "`perplexity.ratio` means. `max` is the model's maximum, at most 2048.")
     max_tokens: PositiveInt | None = Field(
-        None, description="Read at most this many tokens of the text. Default: all.")
+        None, description="Read at most this many tokens of each text. Default: all.")
     batch: PositiveInt = Field(8, description="Windows in a batch.")
+
+    @field_validator("texts")
+    @classmethod
+    def _names_of_figures(cls, texts: dict[str, FurtherText]) -> dict[str, FurtherText]:
+        faults = [f"{name!r} is no name for a text's figures; use letters, digits and _, no digit "
+                  "first" for name in texts if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+        faults += [f"perplexity.{name} is another figure; call the text something else"
+                   for name in texts if name in _TAKEN]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return texts
+
+    @property
+    def every(self) -> dict[str, TextSection]:
+        """All texts by name; that of `data`, the first, has none."""
+        return {"": self, **self.texts}
 
 
 class ZeroShotSection(Section):
@@ -53,3 +83,8 @@ class EvaluateSection(Section):
 
     perplexity: PerplexitySection = Field(default_factory=PerplexitySection)
     zero_shot: ZeroShotSection = Field(default_factory=ZeroShotSection)
+
+
+def text_field(name: str) -> str:
+    """The section of a text in `PerplexitySection.every`, for messages."""
+    return f"evaluate.perplexity.texts.{name}" if name else "evaluate.perplexity"

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from bipdeploy.recipe import tasks
 from bipdeploy.recipe.bench import BenchSection, VllmBench
-from bipdeploy.recipe.evaluate import EvaluateSection
+from bipdeploy.recipe.evaluate import EvaluateSection, PerplexitySection
 from bipdeploy.recipe.export import ExportSection, OnnxExport
 from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.prune import PruneSection
@@ -51,7 +51,7 @@ def expected(recipe: Sections) -> set[str]:
     if recipe.lora.enabled:
         names |= set(LORA)
     if recipe.evaluate.perplexity.enabled:
-        for base in perplexity_names(recipe.evaluate.perplexity.windows):
+        for base in perplexity_names(recipe.evaluate.perplexity):
             names |= {f"{base}.{kind}" for kind in COMPARED}
     if recipe.evaluate.zero_shot.enabled:
         for base in accuracy_names(tasks.names(recipe.evaluate.zero_shot.tasks)):
@@ -68,7 +68,7 @@ def expected(recipe: Sections) -> set[str]:
     for prefix in onnx_prefixes(recipe.export.onnx):
         names |= {f"{prefix}.bytes.{kind}" for kind in COMPARED}
         if recipe.evaluate.perplexity.enabled:
-            for base in perplexity_names(recipe.evaluate.perplexity.windows):
+            for base in perplexity_names(recipe.evaluate.perplexity):
                 names |= {f"{prefix}.{base}.{kind}" for kind in (*COMPARED, VERSUS_TORCH)}
         if recipe.bench.onnx.enabled:
             names |= {f"{prefix}.{base}.{kind}" for base in ("prefill", "decode", "ttft")
@@ -95,12 +95,17 @@ def vllm_names(section: VllmBench) -> list[str]:
         f"vllm.serve.{point}.{measure}" for point in load_points(section) for measure in measures]
 
 
-def perplexity_names(windows: Sequence[int | str]) -> list[str]:
-    """`perplexity` and `bits_per_byte` (the first window), then one of each per window."""
-    names = ["perplexity", "bits_per_byte"]
-    for window in windows:
-        names += [f"perplexity.{window}", f"bits_per_byte.{window}"]
-    return names
+def perplexity_names(section: PerplexitySection) -> list[str]:
+    """`perplexity` and `bits_per_byte` (the first window), then one of each per window; the same
+    with the name of every further text, such as `perplexity.code` and `perplexity.code.128`."""
+    return [base + suffix for text in section.every for suffix in
+            (text_suffix(text), *(f"{text_suffix(text)}.{window}" for window in section.windows))
+            for base in ("perplexity", "bits_per_byte")]
+
+
+def text_suffix(text: str) -> str:
+    """What a text's name adds to that of a figure."""
+    return f".{text}" if text else ""
 
 
 def accuracy_names(names: Sequence[str]) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -117,7 +118,9 @@ def _override(data: dict, item: str, lines: dict[Location, int]) -> None:
 
 def _explain(detail: Any, lines: dict[Location, int]) -> list[str]:
     """One fault of pydantic's as one line (or several, where a validator found several)."""
-    at: Location = tuple(part for part in detail["loc"] if part != "[key]")
+    # Some parts say where it is in a type (the last two: `calibration.py`), not in the recipe.
+    at: Location = tuple(part for part in detail["loc"]
+                         if part not in ("[key]", "[one]", "[several]"))
     kind, name = detail["type"], _dotted(at)
     prefix = f"line {lines[at]}: " if at in lines else ""
     if kind == "extra_forbidden":
@@ -142,16 +145,27 @@ def _with_line(line: str, lines: dict[Location, int]) -> str:
 
 
 def fields(at: Location) -> list[str]:
-    """The field names of the section at a location."""
+    """The field names of the section at a location; of a mapping of sections, those of each."""
     section: Any = Recipe
-    for part in ("gates",) if at[:1] == ("gates",) else at:
+    named = False  # the part is a name in a mapping
+    for part in at:
+        if named or isinstance(part, int):
+            named = False
+            continue
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        options = [annotation, *get_args(annotation)]
-        section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)),
-                       None)
+        named = get_origin(annotation) is dict
+        section = next(_sections(annotation), None)
         if section is None:
             return []
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a field's type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 def _dotted(at: Location) -> str:

@@ -51,7 +51,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _some_windows_are_left(self) -> Recipe:
         samples, chosen = self.calibration.samples, self.recover.refit.ridge == "auto"
-        if self.recover.method != "refit":
+        if self.recover.method != "refit" or samples is None:
             return self
         if chosen and samples < 2:
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "

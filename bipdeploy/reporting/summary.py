@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bipdeploy.recipe.figures import CHANCE
+from bipdeploy.recipe.figures import CHANCE, text_suffix
 from bipdeploy.reporting.portability import of_export, table
 from bipdeploy.running import artifacts
 
@@ -95,14 +95,17 @@ def _spread(measured: Mapping[str, float] | None) -> str:
 
 
 def _quality(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float], str]]]:
-    """Perplexity and bits per byte at each window that was measured."""
+    """Perplexity and bits per byte on each text, at each window that was measured."""
     found: dict[str, tuple[str, Callable[[float], str]]] = {}
     for base, label, shown in (("perplexity", "Perplexity", "{:.2f}".format),
                                ("bits_per_byte", "Bits/byte", "{:.3f}".format)):
-        for name in figures:
-            if name.startswith(f"{base}.") and name.endswith(".dense") and name.count(".") == 2:
-                window = name.split(".")[1]
-                found[f"{base}.{window}"] = (f"{label}, window {window}", shown)
+        for name in (f.removesuffix(".dense") for f in figures if f.endswith(".dense")):
+            text, _, window = name.removeprefix(f"{base}.").rpartition(".")
+            # Without a window it is the first one once more.
+            if name.startswith(f"{base}.") and (window.isdigit() or window == "max"):
+                # Short where there is a name: rows are to fit 80 columns.
+                found[name] = (f"{label}, {text}, {window}" if text else
+                               f"{label}, window {window}", shown)
     return found
 
 
@@ -125,10 +128,19 @@ def _onnx(figures: Mapping[str, float]) -> dict[str, tuple[str, Callable[[float]
                           if f.startswith("onnx.") and ".bytes." in f}):
         title = "ONNX" + prefix.removeprefix("onnx").replace(".", " ")
         found |= {f"{prefix}.bytes": (f"{title}: weights", as_bytes),
-                  f"{prefix}.perplexity": (f"{title}: perplexity", "{:.2f}".format),
+                  **{f"{prefix}.perplexity{text_suffix(text)}": (
+                      f"{title}: perplexity{text and f', {text}'}", "{:.2f}".format)
+                     for text in ["", *_further(figures)]},
                   f"{prefix}.prefill": (f"{title}: prefill", _ms),
                   f"{prefix}.decode": (f"{title}: decode", _rate)}
     return found
+
+
+def _further(figures: Mapping[str, float]) -> list[str]:
+    """The names of the texts that perplexity was measured on besides the first."""
+    middle = [name.split(".")[1] for name in figures
+              if name.startswith("perplexity.") and name.count(".") == 3]
+    return list(dict.fromkeys(middle))
 
 
 def _vllm(figures: Mapping[str, float], *, whole: bool = False

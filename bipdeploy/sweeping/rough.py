@@ -24,7 +24,7 @@ def nats(resolved: Resolved, model: Path, count: int, key: str, kept: Path) -> f
     recipe, section = resolved.recipe, resolved.recipe.evaluate.perplexity
     name = artifacts.digest([key, count, recipe.model.model_dump(mode="json"),
                              section.model_dump(mode="json"),
-                             text.fingerprint(section.data, test_split(recipe))])[:16]
+                             text.fingerprint(section.data, test_split(section))])[:16]
     path = kept / f"{name}.json"
     with sharing.locked(kept / f"{name}.lock"):
         if not path.is_file():
@@ -35,7 +35,7 @@ def nats(resolved: Resolved, model: Path, count: int, key: str, kept: Path) -> f
 def _measure(resolved: Resolved, model: Path, count: int) -> float:
     recipe, section, dense = resolved.recipe, resolved.recipe.evaluate.perplexity, resolved.dense
     length = window_tokens(section.windows[0], resolved.architecture.max_positions)
-    source = text.read(section.data, test_split(recipe), section.field, "evaluate.perplexity")
+    source = text.read(section.data, test_split(section), section.field, "evaluate.perplexity")
     limit = min(count * length, section.max_tokens or count * length)
     ids = windows.leading(source, dense, limit).ids
     device = compute_device(recipe.model)

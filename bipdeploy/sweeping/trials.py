@@ -76,7 +76,7 @@ def plan(recipe: Recipe) -> Plan:
     faults: dict[str, None] = {}
     for choice in _choices(recipe):
         try:
-            own = _trial(resolved, choice)
+            own = _trial(recipe, resolved, choice)
             made.setdefault(_effect(own.recipe), own)
         except RecipeError as error:
             faults |= dict.fromkeys(error.faults)
@@ -133,9 +133,10 @@ def _choices(recipe: Recipe) -> Iterator[Choice]:
     yield from found
 
 
-def _trial(resolved: Resolved, choice: Choice) -> Trial:
-    """The trial of a combination. Raises InputError where it cannot be run."""
-    recipe, arch = resolved.recipe, resolved.architecture
+def _trial(recipe: Recipe, resolved: Resolved, choice: Choice) -> Trial:
+    """The trial of a combination; `recipe` as it was given, of which each is resolved anew. Raises
+    InputError where it cannot be run."""
+    arch = resolved.architecture
     settings = tuple(f"{name}={_written(value)}"
                      for name, value in _settings(recipe, arch, choice).items())
     label = ", ".join(_words(axis, value) for axis, value in choice.items())
@@ -150,6 +151,7 @@ def _trial(resolved: Resolved, choice: Choice) -> Trial:
     if own.model != recipe.model:
         of_own = pipeline.fetched(of_own)
     refuse(of_own)
+    own = of_own.recipe
     return Trial(name, label, settings, own, _key(recipe, own, of_own.dense),
                  artifacts.digest([plain(getattr(own, s)) for s in _SHAPE]))
 
