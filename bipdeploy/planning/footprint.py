@@ -73,7 +73,9 @@ def writes(s: Sizes) -> dict[str, float]:
                               + (value - 1) * s.pruned.vocabulary * s.pruned.hidden
                               for kind in onnx.quantize)
     groups = sum(w.kv_heads + w.intermediate for w in s.dense.blocks)
-    return {"score": 4 * groups + _OTHER, "prune": weights + _OTHER,
+    # A round's model, sliced and repaired, lies there until the last.
+    rounds = 1 + 2 * (recipe.prune.layers == "searched" and recipe.prune.search.rounds > 1)
+    return {"score": 4 * groups + _OTHER, "prune": rounds * weights + _OTHER,
             "recover": weights * (recipe.recover.method != "none") + _OTHER,
             "lora": weights * recipe.lora.enabled + _OTHER, "export": export,
             "evaluate": _OTHER, "bench": _OTHER, "gate": _OTHER, "report": _OTHER}
@@ -107,10 +109,15 @@ def memory(s: Sizes) -> dict[str, float]:
     whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
     searching = 0.0
     if recipe.prune.layers == "searched":
-        # The sum that all refits of a part are made from, and the part of it that one solves.
-        searching = walking + 8 * 3 * dense_inputs * (dense_inputs + arch.hidden) + windows * (
+        # The sum that all refits of a part are made from, what judges the ridges, and what is
+        # solved.
+        searching = walking + 8 * (3 + held_back) * dense_inputs * (
+            dense_inputs + arch.hidden) + windows * (
             len(arch.blocks) if recipe.prune.search.propagation == "sensitivity" else
             2 + judged(recipe) * 2 * recipe.prune.search.points * len(arch.blocks))
+    repairing = (walking + 3 * windows + gram) * (recipe.recover.method != "none")
+    if searching and recipe.prune.search.rounds > 1:
+        searching = max(searching, scoring, repairing)
     bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
     both = value * (arch.parameters() + s.pruned.parameters())
     cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
@@ -118,8 +125,7 @@ def memory(s: Sizes) -> dict[str, float]:
     longest = max(2048 if w == "max" else w for w in perplexity.windows)
     logits = 2 * 4 * perplexity.batch * min(longest, arch.max_positions) * arch.vocabulary
     return {"score": scoring, "prune": max(writing, searching),
-            "recover": 0.0 if recipe.recover.method == "none" else
-            walking + 3 * windows + gram,
+            "recover": repairing,
             "lora": _training(s) * recipe.lora.enabled,
             "export": value * s.pruned.parameters() + writing if whole else
             max(2 * block, block + 2 * table) * value,
@@ -173,6 +179,11 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
     refit = sum(2 * tokens * size * size + size ** 3 / 3 for w in s.pruned.blocks
                 for size in (w.heads * arch.head_dim, w.intermediate))
+    # Once through the dense block, and thrice through the pruned one.
+    repairing = (passes + 3 * pruned + refit) * (recipe.recover.method != "none")
+    if searching:
+        rounds = recipe.prune.search.rounds
+        searching = rounds * searching + (rounds - 1) * (scoring + repairing)
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
     test = len(perplexity.every) * (perplexity.max_tokens or TEST_TOKENS)
     read = 0.0
@@ -187,8 +198,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
             phases["prefill"] + bench.new_tokens * phases["decode"])
     moved, lora = s.stored * arch.parameters() + s.weights, recipe.lora
     return {"score": roof(scoring, weights), "prune": roof(searching, 2 * moved),
-            "recover": roof(passes + pruned + refit, 2 * moved) * (
-                recipe.recover.method != "none"),
+            "recover": roof(repairing, 2 * moved) * (recipe.recover.method != "none"),
             "lora": roof(lora.steps * lora.batch * 3 * cost.flops(s.pruned, lora.tokens).whole(
                 s.pruned.blocks), lora.steps * weights) * lora.enabled,
             "export": roof(0, 2 * s.weights),
