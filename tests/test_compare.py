@@ -128,11 +128,11 @@ def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(t
     ridge = keys("recover.refit.ridge=0.1")
     assert {r for r in base if base[r] != ridge[r]} == {
         "refit", "reselect", "refit+lora", "reselect+lora"}
-    rank = keys("lora.rank=4")
+    rank = keys("tune.rank=4")
     assert {r for r in base if base[r] != rank[r]} == {
         "lora", "refit+lora", "reselect+lora"}
     for same in ("name=y", "prune.ratio=0.2", "recover.method=bias", "bench.torch.batch=7",
-                 "export.onnx.style=std", "score.criterion=flap", "lora.enabled=true",
+                 "export.onnx.style=std", "score.criterion=flap", "tune.enabled=true",
                  "calibration.spill=true"):
         assert keys(same) == base, same
     searched = keys(methods=["llm_bip@searched"])
@@ -367,8 +367,8 @@ def test_paper_tables_never_show_a_published_figure_as_ours(tmp_path):
          "huggyllama/llama-7b", "--data", "builtin:pydocs", "wikitext2", "--tasks",
          "builtin:pydocs_choice", "llm_bip_7", "--limit", "8", "--ratios", "0.3", "--criteria",
          "wanda_sp", "--set", "prune.round_to=8", "--set", "evaluate.perplexity.max_tokens=1024",
-         "--set", "calibration.samples=8", "--set", "lora.steps=2", "--set",
-         "lora.batch=4", "--set", "lora.accumulation=1", "--set", "lora.validation.windows=4",
+         "--set", "calibration.samples=8", "--set", "tune.steps=2", "--set",
+         "tune.batch=4", "--set", "tune.accumulation=1", "--set", "tune.validation.windows=4",
          "--repairs", "none", "refit", "refit+lora", "--out", str(tmp_path)], cwd=ROOT,
         capture_output=True, text=True, check=False,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)})

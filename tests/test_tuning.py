@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from bipdeploy.errors import StageError
 from bipdeploy.model.checkpoint import Checkpoint
-from bipdeploy.recipe.lora import PROJECTIONS, LoraSection
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.tune import PROJECTIONS, TuneSection
 from bipdeploy.running.reporter import Silent
 from bipdeploy.tuning import adapters, checkpoints, data, losses, training
 from bipdeploy.tuning.checkpoints import State
@@ -144,7 +144,7 @@ def test_temperature_softens_both_models_and_keeps_the_size_of_gradients():
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    section = LoraSection(steps=20, warmup=0.2, learning_rate=1.0, schedule="linear")
+    section = TuneSection(steps=20, warmup=0.2, learning_rate=1.0, schedule="linear")
     rates = training.learning_rates(section)
     assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert rates[12] == pytest.approx(0.5) and len(rates) == 20
@@ -156,7 +156,7 @@ def test_the_learning_rate_warms_up_and_falls():
 
 def task(folder: Path, place: Path, windows: Windows | None = None, **settings) -> training.Task:
     """Training of a tiny model on random windows that is over in a second."""
-    section = LoraSection.model_validate({
+    section = TuneSection.model_validate({
         "tokens": 16, "steps": 6, "batch": 4, "accumulation": 1, "learning_rate": 5e-3,
         "validation": {"windows": 4, "every": 2}, "checkpoint_every": 100, **settings})
     windows = windows or data.pack([data.plain(token_windows(24, 16).flatten().tolist())], 16)
@@ -251,7 +251,7 @@ def greedy(folder: Path, count: int, tokens: int) -> torch.Tensor:
 
 
 def test_training_that_diverges_says_so(tiny, tmp_path):
-    with pytest.raises(StageError, match=r"diverged.* lower lora\.learning_rate"):
+    with pytest.raises(StageError, match=r"diverged.* lower tune\.learning_rate"):
         trained(tiny, tmp_path / "c", learning_rate=1e30, clip=0, warmup=0)
 
 
@@ -337,7 +337,7 @@ def shaped(request, tmp_path_factory) -> Path:
     return write_biased(folder, place / "biased") if "biased" in request.param else folder
 
 
-def randomised(folder: Path, section: LoraSection):
+def randomised(folder: Path, section: TuneSection):
     model = adapters.adapted(folder, section, torch.float32, CPU, 0)
     torch.manual_seed(1)
     adapters.load(model, {name: torch.randn_like(p) * 0.1
@@ -346,7 +346,7 @@ def randomised(folder: Path, section: LoraSection):
 
 
 def test_the_merged_checkpoint_computes_what_the_adapted_model_does(shaped, tmp_path):
-    model = randomised(shaped, LoraSection())
+    model = randomised(shaped, TuneSection())
     source = Checkpoint(shaped)
     adapters.merge(source, model, tmp_path / "merged")
     ids = token_windows(2, 24)
@@ -360,7 +360,7 @@ def test_the_merged_checkpoint_computes_what_the_adapted_model_does(shaped, tmp_
 
 
 def test_only_the_projections_that_are_named_change(tiny, tmp_path):
-    section = LoraSection(target_modules=["down_proj", "q_proj"])
+    section = TuneSection(target_modules=["down_proj", "q_proj"])
     assert section.target_modules == ["q_proj", "down_proj"]
     adapters.merge(Checkpoint(tiny), randomised(tiny, section), tmp_path / "merged")
     before, after = (load_file(folder / "model.safetensors") for folder in
@@ -372,14 +372,14 @@ def test_only_the_projections_that_are_named_change(tiny, tmp_path):
 
 def test_adapters_that_are_zero_leave_16_bit_weights_bit_for_bit(tmp_path):
     folder = tiny_model(tmp_path / "model", dtype=torch.bfloat16)
-    model = adapters.adapted(folder, LoraSection(), torch.float32, CPU, 0)
+    model = adapters.adapted(folder, TuneSection(), torch.float32, CPU, 0)
     adapters.merge(Checkpoint(folder), model, tmp_path / "merged")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "merged"))
     assert equal(before, after)
 
 
 def test_every_projection_gets_an_adapter_in_float32_and_nothing_else_is_trained(tiny):
-    model = adapters.adapted(tiny, LoraSection(rank=2), torch.bfloat16, CPU, 0)
+    model = adapters.adapted(tiny, TuneSection(rank=2), torch.bfloat16, CPU, 0)
     names = {name.split(".lora_")[0].rpartition(".")[2] for name in adapters.parameters(model)}
     assert names == set(PROJECTIONS)
     assert {p.dtype for p in adapters.parameters(model).values()} == {torch.float32}
@@ -387,7 +387,7 @@ def test_every_projection_gets_an_adapter_in_float32_and_nothing_else_is_trained
 
 
 def test_adapters_that_are_kept_load_in_peft(shaped, tmp_path):
-    model = randomised(shaped, LoraSection())
+    model = randomised(shaped, TuneSection())
     model.save_pretrained(tmp_path / "adapter")
     ids = token_windows(2, 24)
     expected = logits(model, ids)

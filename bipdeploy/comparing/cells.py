@@ -106,7 +106,7 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     if part:
         prune["depth"] = {part: droppable(arch, recipe.prune, part, cell.ratio)}
     sections: dict[str, Any] = {
-        "seed": cell.seed, "prune": prune, "lora": {**data["lora"], "enabled": False},
+        "seed": cell.seed, "prune": prune, "tune": {**data["tune"], "enabled": False},
         "score": {"criterion": own.criterion, "propagation": own.propagation or "bound"}}
     for name, settings in REPAIRS_COMPARED[cell.repair].items():
         sections[name] = _laid_over(sections.get(name, data[name]), settings)
@@ -136,7 +136,7 @@ def _context(recipe: Recipe, dense: Path) -> dict[str, Any]:
 def dense_key(wanted: Plan) -> str:
     """A digest of all that the dense model's figures, and the texts' overlaps, depend on."""
     return artifacts.digest({**wanted.context, **_sections(
-        wanted.recipe, ("model", "evaluate", "calibration", "lora"))})
+        wanted.recipe, ("model", "evaluate", "calibration", "tune"))})
 
 
 def key(wanted: Plan, cell: Cell) -> str:
@@ -148,10 +148,10 @@ def key(wanted: Plan, cell: Cell) -> str:
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
-    if own.lora.enabled:
+    if own.tune.enabled:
         found["libraries"] = found["libraries"] | {
-            name: machine.version_of(name) for name in STAGES["lora"].libraries}
-        found["training"] = text.fingerprint(own.lora.data, training_split(own))
+            name: machine.version_of(name) for name in STAGES["tune"].libraries}
+        found["training"] = text.fingerprint(own.tune.data, training_split(own))
     return artifacts.digest(found)
 
 

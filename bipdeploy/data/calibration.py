@@ -19,7 +19,7 @@ def calibration_split(recipe: Recipe) -> str:
 
 
 def training_split(recipe: Recipe) -> str:
-    return recipe.lora.split or "calibration"
+    return recipe.tune.split or "calibration"
 
 
 def test_split(recipe: Recipe) -> str:

@@ -75,7 +75,7 @@ def writes(s: Sizes) -> dict[str, float]:
     groups = sum(w.kv_heads + w.intermediate for w in s.dense.blocks)
     return {"score": 4 * groups + _OTHER, "prune": weights + _OTHER,
             "recover": weights * (recipe.recover.method != "none") + _OTHER,
-            "lora": weights * recipe.lora.enabled + _OTHER, "export": export,
+            "tune": weights * recipe.tune.enabled + _OTHER, "export": export,
             "evaluate": _OTHER, "bench": _OTHER, "gate": _OTHER, "report": _OTHER}
 
 
@@ -121,7 +121,7 @@ def memory(s: Sizes) -> dict[str, float]:
     return {"score": scoring, "prune": max(writing, searching),
             "recover": 0.0 if recipe.recover.method == "none" else
             walking + 3 * windows + gram,
-            "lora": _training(s) * recipe.lora.enabled,
+            "tune": _training(s) * recipe.tune.enabled,
             "export": value * s.pruned.parameters() + writing if whole else
             max(2 * block, block + 2 * table) * value,
             "evaluate": value * arch.parameters() + logits, "bench": both + cache,
@@ -132,14 +132,14 @@ def _training(s: Sizes) -> float:
     """Peak bytes of training adapters: the whole model, the teacher beside it where there is one,
     and a pass's activations, kept for every block unless they are computed again; in the end the
     merged model beside the one with adapters."""
-    lora, arch = s.recipe.lora, s.pruned
-    tokens = -(-lora.batch // (lora.accumulation * lora.processes)) * lora.tokens
-    kept = 1 if lora.gradient_checkpointing else len(arch.blocks)
+    tune, arch = s.recipe.tune, s.pruned
+    tokens = -(-tune.batch // (tune.accumulation * tune.processes)) * tune.tokens
+    kept = 1 if tune.gradient_checkpointing else len(arch.blocks)
     widest = max(arch.blocks, key=lambda w: w.intermediate)
     block = tokens * s.computed * (6 * arch.hidden + 4 * widest.intermediate
                                    + 4 * widest.heads * arch.head_dim)
     model, logits = s.computed * arch.parameters(), 3 * 4 * tokens * arch.vocabulary
-    teacher = s.computed * s.dense.parameters() * bool(lora.distillation.weight)
+    teacher = s.computed * s.dense.parameters() * bool(tune.distillation.weight)
     return model + logits + max(teacher + block * kept, model)
 
 
@@ -186,12 +186,12 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         phases = roofline(model, value, bench.batch, bench.prompt_tokens, flops, bandwidth)
         timed += (bench.repeats + bench.warmup + bench.memory) * (
             phases["prefill"] + bench.new_tokens * phases["decode"])
-    moved, lora = s.stored * arch.parameters() + s.weights, recipe.lora
+    moved, tune = s.stored * arch.parameters() + s.weights, recipe.tune
     return {"score": roof(scoring, weights), "prune": roof(searching, 2 * moved),
             "recover": roof(passes + pruned + refit, 2 * moved) * (
                 recipe.recover.method != "none"),
-            "lora": roof(lora.steps * lora.batch * 3 * cost.flops(s.pruned, lora.tokens).whole(
-                s.pruned.blocks), lora.steps * weights) * lora.enabled,
+            "tune": roof(tune.steps * tune.batch * 3 * cost.flops(s.pruned, tune.tokens).whole(
+                s.pruned.blocks), tune.steps * weights) * tune.enabled,
             "export": roof(0, 2 * s.weights),
             "evaluate": roof(read, 2 * weights) * perplexity.enabled,
             "bench": timed * bench.enabled, "gate": None, "report": None}

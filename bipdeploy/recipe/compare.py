@@ -29,7 +29,7 @@ class CompareSection(Section):
     repairs: Repairs = Field(
         ["none", "bias", "refit"], description="What is done to the sliced model: `none`, `bias`, "
         "`refit` (with the recipe's ridge), `refit_auto` (ridge auto), `reselect` (refit with "
-        "the groups chosen again), `lora` (as the section `lora` has it, on the sliced model), "
+        "the groups chosen again), `lora` (as the section `tune` has it, on the sliced model), "
         "`refit+lora` or `reselect+lora` (on the refitted one).")
     also: Annotated[dict[str, list[str]], known(repair_fault)] = Field(
         {}, description="Further repairs of single methods: method → repairs.")

@@ -32,11 +32,11 @@ GPUS = ("H200", "H100", "A100", "L40S", "RTX 4090")
 
 # What a comparison or a sweep may ask for besides: LLM-BIP with its propagation; parts that are
 # dropped as far as the ratio allows, uniform widths making up the rest; and repairs with and
-# without training, as values of the recipe's sections `recover` and `lora`.
+# without training, as values of the recipe's sections `recover` and `tune`.
 CRITERIA_COMPARED = (*CRITERIA, *(f"llm_bip:{p}" for p in PROPAGATIONS))
 DEPTH = "depth:"
 LAYERS_COMPARED = (*LAYERS, f"{DEPTH}blocks", f"{DEPTH}attention", f"{DEPTH}ffn")
-_LORA = {"lora": {"enabled": True}}
+_LORA = {"tune": {"enabled": True, "method": "lora"}}
 _REFIT = {"method": "refit", "refit": {"reselect": False}}
 _RESELECT = {"method": "refit", "refit": {"reselect": True}}
 REPAIRS_COMPARED: dict[str, dict[str, Any]] = {

@@ -18,12 +18,12 @@ from bipdeploy.recipe.export import ExportSection
 from bipdeploy.recipe.figures import expected
 from bipdeploy.recipe.gates import Bounds
 from bipdeploy.recipe.hardware import HardwareSection
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recover import RecoverSection
 from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.recipe.sweep import SweepSection
+from bipdeploy.recipe.tune import TuneSection
 
 
 class Recipe(Section):
@@ -39,7 +39,7 @@ class Recipe(Section):
     score: ScoreSection = Field(default_factory=ScoreSection)
     prune: PruneSection
     recover: RecoverSection = Field(default_factory=RecoverSection)
-    lora: LoraSection = Field(default_factory=LoraSection)
+    tune: TuneSection = Field(default_factory=TuneSection)
     export: ExportSection = Field(default_factory=ExportSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)

@@ -163,7 +163,7 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
     figures = artifacts.figures(list(folders.values()))
     details = {name: _optional(folders.get(stage), file) for name, stage, file in (
         ("scores", "score", "scores.json"), ("kept", "prune", "kept.json"),
-        ("recover", "recover", "recover.json"), ("lora", "lora", "lora.json"),
+        ("recover", "recover", "recover.json"), ("tune", "tune", "tune.json"),
         ("export", "export", "export.json"),
         ("evaluate", "evaluate", "evaluate.json"), ("bench", "bench", "bench.json"),
         ("gates", "gate", "gates.json"))}
@@ -173,11 +173,11 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
     portability = table(of_export(details["export"])) if details["export"] else []
     return {"figures": figures, "rows": rows(figures, spread),
             "vllm_rows": vllm_rows(figures, spread), "portability": portability,
-            "lora_said": lora_said(details["lora"]), **details}
+            "tune_said": tune_said(details["tune"]), **details}
 
 
-def lora_said(record: Mapping[str, Any] | None) -> str | None:
-    """One sentence about the training, from `lora.json`; None where none was asked for."""
+def tune_said(record: Mapping[str, Any] | None) -> str | None:
+    """One sentence about the training, from `tune.json`; None where none was asked for."""
     if not (record and record["enabled"]):
         return None
     data, loss = record["data"], record["loss"]

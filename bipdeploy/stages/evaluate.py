@@ -17,8 +17,8 @@ from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.figures import VERSUS_TORCH, compared
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.tuning.data import ALPACA_COLUMNS
 
 OVERLAP_LIMIT = 0.01  # share of 13-grams; a few stock phrases recur in any two texts
@@ -131,12 +131,12 @@ def window_tokens(window: int | str, max_positions: int) -> int:
 
 
 def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
-    """Share of the test text that the recipe's other texts also hold: `calibration`, and `lora`
+    """Share of the test text that the recipe's other texts also hold: `calibration`, and `tune`
     where adapters are trained."""
     used: dict[str, tuple[TextSection, str]] = {
         "calibration": (recipe.calibration, calibration_split(recipe))}
-    if recipe.lora.enabled:
-        used["lora"] = (recipe.lora, training_split(recipe))
+    if recipe.tune.enabled:
+        used["tune"] = (recipe.tune, training_split(recipe))
     return {name: _held_by(name, section, split, test)
             for name, (section, split) in used.items()}
 
@@ -144,7 +144,7 @@ def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
 def _held_by(name: str, section: TextSection, split: str, test: text.Text) -> float:
     if (section.data, split) == (test.name, test.split):
         return 1.0
-    if isinstance(section, LoraSection) and section.format == "alpaca":
+    if isinstance(section, TuneSection) and section.format == "alpaca":
         rows = text.records(section.data, split, ALPACA_COLUMNS, name).rows
         other = text.Text(section.data, split, tuple(" ".join(row.values()) for row in rows))
     else:

@@ -177,7 +177,7 @@ def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, A
         found["prune.layers"] = "uniform" if part else choice["layers"]
         found["prune.depth"] = {part: droppable(arch, recipe.prune, part, ratio)} if part else {}
     if "repairs" in choice:
-        found |= ({"lora.enabled": False} if recipe.lora.enabled else {}) | _flat(
+        found |= ({"tune.enabled": False} if recipe.tune.enabled else {}) | _flat(
             REPAIRS_COMPARED[choice["repairs"]])
     for name in recipe.sweep.fields:
         twice = [f for f in found if f"{f}.".startswith(f"{name}.")

@@ -11,13 +11,13 @@ import torch
 from bipdeploy.errors import InputError
 from bipdeploy.model import loading
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.recipe.lora import LoraSection
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.tuning.data import derived_seed
 
 _WRAPPED = "base_model.model."  # what peft puts before the names of a model's own modules
 
 
-def adapted(folder: Path, section: LoraSection, dtype: torch.dtype, device: torch.device,
+def adapted(folder: Path, section: TuneSection, dtype: torch.dtype, device: torch.device,
             seed: int, *, trust_remote_code: bool = False) -> Any:
     """A frozen model with new adapters, a `peft.PeftModel`: A is drawn by `seed`, B is zero."""
     from peft import LoraConfig, get_peft_model
@@ -25,7 +25,7 @@ def adapted(folder: Path, section: LoraSection, dtype: torch.dtype, device: torc
     model = loading.load_model(folder, dtype, device, trust_remote_code=trust_remote_code)
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if not found & set(section.target_modules):
-        raise InputError(f"lora.target_modules: {folder} has none of "
+        raise InputError(f"tune.target_modules: {folder} has none of "
                          f"{', '.join(section.target_modules)} left; name others")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derived_seed(seed, "adapters"))

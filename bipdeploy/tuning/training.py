@@ -14,8 +14,8 @@ import torch
 
 from bipdeploy.errors import StageError
 from bipdeploy.model import loading
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.running.reporter import Reporter
 from bipdeploy.tuning import adapters, checkpoints, losses
 from bipdeploy.tuning.checkpoints import State
@@ -30,7 +30,7 @@ class Task:
     for one). `identity` is a digest of all this.
     """
 
-    section: LoraSection
+    section: TuneSection
     model: ModelSection
     seed: int
     student: Path
@@ -41,14 +41,14 @@ class Task:
     identity: str
 
 
-def compute_type(section: LoraSection, device: torch.device) -> torch.dtype:
-    """The type of frozen weights and products; see `lora.dtype`."""
+def compute_type(section: TuneSection, device: torch.device) -> torch.dtype:
+    """The type of frozen weights and products; see `tune.dtype`."""
     if section.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, section.dtype)
 
 
-def learning_rates(section: LoraSection) -> list[float]:
+def learning_rates(section: TuneSection) -> list[float]:
     """The learning rate of every step, by transformers' schedule of that name."""
     from transformers import get_scheduler
 
@@ -218,7 +218,7 @@ class Trainer:
         loss = float(total[0] / total[1])
         if not math.isfinite(loss):
             raise StageError(f"training diverged: the validation loss is {loss} after step "
-                             f"{self.state.step}; lower lora.learning_rate")
+                             f"{self.state.step}; lower tune.learning_rate")
         self.state.history.append((self.state.step, loss))
         if self.state.best_step == self.state.step:
             self.state.best = self._values()

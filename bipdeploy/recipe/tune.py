@@ -1,4 +1,4 @@
-"""The recipe's section `lora`: training after the repair. Imports no torch."""
+"""The recipe's section `tune`: training after the repair. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ class ValidationSection(Section):
                                   "which training stops.")
 
 
-class LoraSection(TextSection):
+class TuneSection(TextSection):
     """Low-rank adapters, trained on text and merged into the pruned weights.
 
     The defaults are meant for 7B parameters and follow LLM-Pruner's (rank 8, learning rate 1e-4,
     64 sequences in a step).
     """
 
-    enabled: bool = Field(False, description="Train adapters after `recover` and merge them.")
+    enabled: bool = Field(False, description="Train after `recover`.")
+    method: Literal["lora"] = Field(
+        "lora", description="`lora`: low-rank adapters, merged afterwards.")
     split: str | None = Field(
         None, description="Split of a built-in or hub text. Default: calibration (or train).")
     format: Literal["text", "alpaca"] = Field(
@@ -88,7 +90,7 @@ class LoraSection(TextSection):
         100, description="Optimiser steps from one checkpoint to the next. A run that was "
         "interrupted goes on from the last.")
     keep_adapter: bool = Field(False, description="Also write the adapters in peft's own format, "
-                               "to `lora/adapter/`.")
+                               "to `tune/adapter/`.")
     processes: PositiveInt = Field(
         1, description="Processes that train together, one for each GPU.")
 
@@ -102,7 +104,7 @@ class LoraSection(TextSection):
         return [name for name in PROJECTIONS if name in names]
 
     @model_validator(mode="after")
-    def _whole_parts(self) -> LoraSection:
+    def _whole_parts(self) -> TuneSection:
         parts = self.accumulation * self.processes
         if self.batch % parts:
             raise ValueError(f"batch {self.batch} does not divide by accumulation x processes "
