@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ SHORT = ["tune.enabled=true", "tune.steps=4", "tune.batch=4", "tune.accumulation
          "tune.tokens=64", "tune.learning_rate=0.003", "tune.validation.windows=4",
          "tune.validation.every=2"]
 PLAIN = [*SHORT, "model.device=cpu"]
+FULL = ["tune.method=full", "tune.learning_rate=0.0005"]
 
 
 @pytest.fixture
@@ -96,6 +98,50 @@ def test_another_step_count_reruns_from_lora_on(again):
 def test_a_gate_on_training_that_is_off_is_refused():
     done = bipdeploy_here("check", SMOKE, "--set", "gates.tune.loss.after.max=3")
     assert done.returncode == 2 and "no enabled stage measures 'tune.loss.after'" in done.stderr
+
+
+# All weights
+
+@pytest.mark.slow
+def test_a_run_trains_all_weights_towards_the_dense_model(again):
+    settings = ["recover.method=none", *FULL, "tune.distillation.hidden=0.1", "tune.steps=8",
+                "evaluate.perplexity.max_tokens=4000"]
+    untrained = again("recover.method=none", "tune.enabled=false", settings[-1],
+                      until="evaluate").figures["perplexity.pruned"]
+    result = again(*settings, until="report")
+    folder, figures = result.folder, result.figures
+    assert figures["tune.loss.after"] < figures["tune.loss.before"] - 0.05
+    assert figures["perplexity.pruned"] < 0.95 * untrained
+    record = artifacts.read_json(folder / "tune" / "tune.json")
+    assert (record["method"], record["steps"]) == ("full", 8)
+    assert record["trained_parameters"] == figures["parameters.pruned"]
+    assert hashes(folder / "tune/model") == hashes(folder / "export/transformers")
+    assert "All weights trained: 8 steps" in (folder / "report" / "report.md").read_text()
+    card = (folder / "export/transformers/README.md").read_text()
+    assert "All weights were then trained on `builtin:pydocs` with the dense model" in card
+    assert not artifacts.checkpoint_folder(folder / "tune").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_to_the_same_weights(tmp_path, sliced):
+    settings = [*PLAIN, *FULL, "tune.steps=8", "tune.processes=2", "tune.checkpoint_every=3"]
+    whole = api.tune("builtin:pico", sliced, tmp_path / "whole", settings)
+
+    class Stopped(Silent):
+        steps = 0
+
+        def advance(self, steps: int = 1) -> None:
+            self.steps += steps
+            if self.steps == 5:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        api.tune("builtin:pico", sliced, out, settings, Stopped())
+    reporter = Silent()
+    api.tune("builtin:pico", sliced, out, settings, reporter)
+    assert re.fullmatch(r"goes on from step [36] of a run that was interrupted", reporter.notes[0])
+    assert hashes(out / "model") == hashes(whole / "model")
 
 
 # On plain paths
@@ -196,6 +242,9 @@ def test_documents_that_are_not_trained_on_are_said(tmp_path, sliced):
     (["tune.batch=6", "tune.accumulation=4"], ["batch 6", "does not divide", "4 x 1"]),
     (["tune.batch=4", "tune.processes=3"], ["batch 4", "does not divide", "1 x 3"]),
     (["tune.distillation.weight=1.5"], ["tune.distillation.weight", "1.5"]),
+    (["tune.distillation.hidden=-1"], ["tune.distillation.hidden", "-1"]),
+    (["tune.method=fulll"], ["tune.method", "fulll", "'lora' or 'full'"]),
+    (["tune.method=full", "tune.keep_adapter=true"], ["keep_adapter: true", "method: lora"]),
     (["tune.schedule=step"], ["tune.schedule", "step"])])
 def test_a_section_that_cannot_be_is_refused_when_it_is_read(settings, words):
     arguments = [part for s in [*PLAIN, *settings] for part in ("--set", s)]
@@ -267,8 +316,9 @@ def test_more_processes_than_gpus_are_refused():
 # Kills and processes
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_while_training_goes_on_to_the_same_weights(tmp_path, sliced):
-    settings = [*PLAIN, "tune.steps=24", "tune.checkpoint_every=2", "tune.dropout=0.1"]
+@pytest.mark.parametrize("how", [["tune.dropout=0.1"], FULL])
+def test_a_run_that_was_killed_while_training_goes_on_to_the_same_weights(tmp_path, sliced, how):
+    settings = [*PLAIN, "tune.steps=24", "tune.checkpoint_every=2", *how]
     whole = api.tune("builtin:pico", sliced, tmp_path / "whole", settings)
     out = tmp_path / "killed"
     state = artifacts.checkpoint_folder(out) / "state.json"
@@ -303,9 +353,12 @@ def test_a_checkpoint_of_another_recipe_is_not_used(tmp_path, sliced):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path, sliced):
-    one = api.tune("builtin:pico", sliced, tmp_path / "one", PLAIN)
-    two = api.tune("builtin:pico", sliced, tmp_path / "two", [*PLAIN, "tune.processes=2"])
+@pytest.mark.parametrize("how", [[], FULL])
+def test_two_processes_train_what_one_does(tmp_path, sliced, how):
+    # An odd number of windows to judge by: one process has a window less.
+    settings = [*PLAIN, *how, "tune.validation.windows=5"]
+    one = api.tune("builtin:pico", sliced, tmp_path / "one", settings)
+    two = api.tune("builtin:pico", sliced, tmp_path / "two", [*settings, "tune.processes=2"])
     before, first, second = (
         torch.cat([p.flatten() for p in loaded(folder).parameters()])
         for folder in (sliced, one / "model", two / "model"))

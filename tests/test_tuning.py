@@ -15,7 +15,7 @@ from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.tune import PROJECTIONS, TuneSection
 from bipdeploy.running.reporter import Silent
-from bipdeploy.tuning import adapters, checkpoints, data, losses, training
+from bipdeploy.tuning import adapters, checkpoints, data, losses, students, training
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import IGNORED, Document, Windows
 from tests.sliced import (
@@ -129,18 +129,18 @@ def test_losses_count_only_tokens_with_a_label_and_add_up():
     nll = -p.gather(-1, targets[..., None])[..., 0].log()
     kl = (q * (q.log() - p.log())).sum(-1)
     expected = float((0.3 * nll[counts] + 0.7 * kl[counts]).sum())
-    assert float(losses.mixed(student, teacher, labels, 0.7, 1.0)) == pytest.approx(expected)
-    assert float(losses.mixed(student, None, labels, 0.0, 1.0)) == pytest.approx(
+    own, dense = (losses.predicting(logits, labels) for logits in (student, teacher))
+    wanted = losses.predicted(labels)
+    assert float(losses.mixed(own, dense, wanted, 0.7, 1.0)) == pytest.approx(expected)
+    assert float(losses.mixed(own, None, wanted, 0.0, 1.0)) == pytest.approx(
         float(nll[counts].sum()))
 
 
 def test_temperature_softens_both_models_and_keeps_the_size_of_gradients():
     torch.manual_seed(0)
-    student, teacher = torch.randn(1, 3, 5), torch.randn(1, 3, 5)
-    labels = torch.zeros(1, 3, dtype=torch.long)
-    assert float(losses.divergence(student, teacher, labels, 2.0)) == pytest.approx(
-        4 * float(losses.divergence(student / 2, teacher / 2, labels, 1.0)))
-    assert float(losses.divergence(teacher, teacher, labels, 2.0)) == pytest.approx(0, abs=1e-6)
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    assert float(losses.divergence(student, teacher, 2.0)) == pytest.approx(
+        4 * float(losses.divergence(student / 2, teacher / 2, 1.0)))
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -191,10 +191,11 @@ def test_distillation_moves_the_pruned_model_towards_the_dense_one(tiny, tmp_pat
 
     def distance() -> float:
         with torch.no_grad():
-            return float(losses.divergence(logits(model, ids), logits(loaded(tiny), ids), ids, 1.0))
+            own, dense = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(tiny)))
+            return float(losses.divergence(own, dense, 1.0))
 
     before = distance()
-    adapters.load(model, _last(job))
+    students.load(model, _last(job))
     assert distance() < before
 
 
@@ -212,9 +213,13 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def _last(job: training.Task) -> dict[str, torch.Tensor]:
     """The adapters after the last step, best or not."""
     training.train(job, CPU, Silent())
-    state = checkpoints.load(job.checkpoint)
+    return _saved(job.checkpoint).values
+
+
+def _saved(folder: Path) -> State:
+    state = checkpoints.load(folder)
     assert state
-    return state.adapter
+    return state
 
 
 @pytest.mark.parametrize("settings", [{"accumulation": 4}, {"gradient_checkpointing": True}])
@@ -275,7 +280,7 @@ def test_training_that_was_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, 
     reporter = Silent()
     state = training.train(job, CPU, reporter)
     assert reporter.notes == ["goes on from step 3 of a run that was interrupted"]
-    assert equal(state.best, whole.best) and equal(state.adapter, whole.adapter)
+    assert equal(state.best, whole.best) and equal(*(_saved(tmp_path / n).values for n in "ab"))
     assert state.history == whole.history and state.tokens == whole.tokens
 
 
@@ -340,8 +345,8 @@ def shaped(request, tmp_path_factory) -> Path:
 def randomised(folder: Path, section: TuneSection):
     model = adapters.adapted(folder, section, torch.float32, CPU, 0)
     torch.manual_seed(1)
-    adapters.load(model, {name: torch.randn_like(p) * 0.1
-                          for name, p in adapters.parameters(model).items()})
+    students.load(model, {name: torch.randn_like(p) * 0.1
+                          for name, p in students.parameters(model).items()})
     return model.eval()
 
 
@@ -380,10 +385,10 @@ def test_adapters_that_are_zero_leave_16_bit_weights_bit_for_bit(tmp_path):
 
 def test_every_projection_gets_an_adapter_in_float32_and_nothing_else_is_trained(tiny):
     model = adapters.adapted(tiny, TuneSection(rank=2), torch.bfloat16, CPU, 0)
-    names = {name.split(".lora_")[0].rpartition(".")[2] for name in adapters.parameters(model)}
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in students.parameters(model)}
     assert names == set(PROJECTIONS)
-    assert {p.dtype for p in adapters.parameters(model).values()} == {torch.float32}
-    assert len(adapters.parameters(model)) == 3 * 7 * 2
+    assert {p.dtype for p in students.parameters(model).values()} == {torch.float32}
+    assert len(students.parameters(model)) == 3 * 7 * 2
 
 
 def test_adapters_that_are_kept_load_in_peft(shaped, tmp_path):
@@ -394,3 +399,143 @@ def test_adapters_that_are_kept_load_in_peft(shaped, tmp_path):
     again = PeftModel.from_pretrained(loaded(shaped), tmp_path / "adapter").eval()
     assert (logits(again, ids) - expected).abs().max() < 1e-5
     assert math.isfinite(float(expected.abs().max()))
+
+
+# All weights
+
+FULL = {"method": "full", "learning_rate": 1e-3}
+
+
+def pruned(tiny: Path, place: Path, **settings) -> training.Task:
+    """Full training of a narrower copy of a model, which is its teacher."""
+    small = write_sliced(tiny, place / "small", draw_kept(architecture_of(tiny), [(1, 48)] * 3))
+    job = task(small, place / "c", **{**FULL, **settings})
+    return training.Task(**{**vars(job), "dense": tiny})
+
+
+def test_losses_in_slices_are_those_of_the_whole_and_so_are_their_gradients():
+    torch.manual_seed(0)
+    head, dense = torch.nn.Linear(6, 11), torch.nn.Linear(6, 11)
+    states, taught = torch.randn(10, 6, requires_grad=True), torch.randn(10, 6)
+    targets = torch.randint(11, (10,))
+
+    def of(size: int) -> tuple[torch.Tensor, ...]:
+        loss = losses.in_slices(states, head, targets, size, teacher=(taught, dense), weight=0.7,
+                                temperature=1.5)
+        return loss.detach(), *torch.autograd.grad(loss, [states, head.weight])
+
+    with torch.no_grad():
+        direct = losses.mixed(head(states), dense(taught), targets, 0.7, 1.5)
+    whole = of(10)
+    assert torch.allclose(whole[0], direct)
+    for size in (1, 3, 9):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(of(size), whole, strict=True))
+    assert dense.weight.grad is None
+
+
+def test_no_more_logits_than_a_slice_are_made_at_once():
+    sizes = []
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(states))
+        return states
+
+    states = torch.randn(10, 6, requires_grad=True)
+    losses.in_slices(states, head, torch.zeros(10, dtype=torch.long), 4).backward()
+    assert max(sizes) == 4 and sum(sizes) == 20  # forwards, and again backwards
+
+
+def test_a_model_s_divergence_from_itself_is_0_and_so_is_its_gradient():
+    torch.manual_seed(0)
+    logits_PV = torch.randn(5, 7, requires_grad=True)
+    loss = losses.divergence(logits_PV, logits_PV.detach(), 1.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert logits_PV.grad is not None and logits_PV.grad.abs().max() < 1e-6
+
+
+def test_outputs_are_measured_token_by_token():
+    labels = torch.tensor([[1, 1, 1, IGNORED]])
+    dense = torch.randn(1, 4, 8)
+    dense[0, 0] *= 1e4  # a massive activation
+    own = dense * torch.tensor([1.1, 1.2, 9, 9])[None, :, None]
+    assert float(losses.hidden_error([own, dense], [dense, dense], labels)) == pytest.approx(
+        (0.1 ** 2 + 0.2 ** 2) / 2, rel=1e-3)
+    assert float(losses.hidden_error([dense], [dense], labels)) == 0
+
+
+def test_the_dense_model_teaches_itself_nothing(tiny, tmp_path):
+    section = TuneSection(method="full", distillation={"hidden": 1.0})
+    model = students.student(tiny, section, torch.float32, CPU, 0)
+    ids = token_windows(2, 16)
+    loss = students.Objective(model, loaded(tiny), section)(ids, ids)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-4)
+    assert max(float(p.grad.abs().max()) for p in model.parameters()) < 1e-4
+
+
+@pytest.mark.parametrize("distillation", [{}, {"hidden": 1.0}, {"weight": 0.5}])
+def test_all_weights_move_towards_the_dense_model(tiny, tmp_path, distillation):
+    job = pruned(tiny, tmp_path, distillation=distillation, steps=8)
+    model = students.student(job.student, job.section, torch.float32, CPU, 0)
+    before = {name: p.detach().clone() for name, p in students.parameters(model).items()}
+    ids = job.validation.ids
+
+    def distance() -> float:
+        with torch.no_grad():
+            own, dense = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(tiny)))
+            return float(losses.divergence(own, dense, 1.0))
+
+    first = distance()
+    students.load(model, _last(job))
+    assert distance() < first
+    assert all(not torch.equal(before[name], p) for name, p in students.parameters(model).items())
+
+
+@pytest.mark.parametrize("settings", [{"accumulation": 4}, {"gradient_checkpointing": True}])
+def test_how_a_step_of_all_weights_is_computed_changes_rounding_only(tiny, tmp_path, settings):
+    for place in "ab":
+        (tmp_path / place).mkdir()
+    options = {"distillation": {"hidden": 0.5}}
+    whole = _last(pruned(tiny, tmp_path / "a", **options))
+    split = _last(pruned(tiny, tmp_path / "b", **options, **settings))
+    assert max(float((whole[n] - split[n]).abs().max()) for n in whole) < 1e-4
+
+
+def test_training_of_all_weights_goes_on_to_the_same_bits(tiny, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill() -> None:
+        if checkpoints.load(job.checkpoint):
+            raise Killed
+
+    for place in "ab":
+        (tmp_path / place).mkdir()
+    settings = {"distillation": {"hidden": 0.5}, "weight_decay": 0.1}
+    whole = pruned(tiny, tmp_path / "a", **settings)
+    first = training.train(whole, CPU, Silent())
+    job = pruned(tiny, tmp_path / "b", checkpoint_every=3, **settings)
+    with pytest.raises(Killed):
+        training.train(job, CPU, Silent(), kill)
+    reporter = Silent()
+    second = training.train(job, CPU, reporter)
+    assert reporter.notes == ["goes on from step 3 of a run that was interrupted"]
+    assert equal(_saved(whole.checkpoint).values, _saved(job.checkpoint).values)
+    assert equal(first.best, second.best) and first.history == second.history
+
+
+def test_what_is_written_of_all_weights_computes_what_the_trained_model_does(shaped, tmp_path):
+    section = TuneSection(method="full")
+    model = students.student(shaped, section, torch.float32, CPU, 0)
+    torch.manual_seed(1)
+    students.load(model, {name: p + 0.02 * torch.randn_like(p)
+                          for name, p in students.parameters(model).items()})
+    students.write(Checkpoint(shaped), model, section, tmp_path / "made")
+    ids = token_windows(2, 24)
+    expected = logits(model, ids)
+    assert torch.equal(logits(loaded(tmp_path / "made"), ids), expected)
+    assert (logits(loaded(shaped), ids) - expected).abs().max() > 0.01
+    before, after = (load_file(f / "model.safetensors") for f in (shaped, tmp_path / "made"))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()}

@@ -19,7 +19,7 @@ from bipdeploy.planning.resolved import Resolved, resolved_at
 from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.methods import Method, method
-from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.recipe.names import REPAIRS_COMPARED, repair_settings
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import STAGES
@@ -108,7 +108,7 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     sections: dict[str, Any] = {
         "seed": cell.seed, "prune": prune, "tune": {**data["tune"], "enabled": False},
         "score": {"criterion": own.criterion, "propagation": own.propagation or "bound"}}
-    for name, settings in REPAIRS_COMPARED[cell.repair].items():
+    for name, settings in repair_settings(cell.repair, recipe.tune.method).items():
         sections[name] = _laid_over(sections.get(name, data[name]), settings)
     return _changed(recipe, sections)
 
@@ -149,6 +149,7 @@ def key(wanted: Plan, cell: Cell) -> str:
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.tune.enabled:
+        found["sections"]["tune"] = plain(own.tune, WHERE | own.tune.unused)
         found["libraries"] = found["libraries"] | {
             name: machine.version_of(name) for name in STAGES["tune"].libraries}
         found["training"] = text.fingerprint(own.tune.data, training_split(own))

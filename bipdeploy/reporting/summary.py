@@ -184,9 +184,11 @@ def tune_said(record: Mapping[str, Any] | None) -> str | None:
     kept = (f"best at step {record['best_step']}" if record["best_step"]
             else "no step was better, so the model is as it was")
     early = ", stopped early" if record["stopped_early"] else ""
-    return (f"LoRA: {record['steps']} steps{early}, {record['tokens']:,} tokens of {data['data']} "
-            f"({data['split']}); validation loss {loss['before']:.3f} to {loss['after']:.3f} nats, "
-            f"{kept}; merging moved no logit by more than "
+    method, written = (("LoRA", "merging") if record["method"] == "lora" else
+                       ("All weights trained", "writing"))
+    return (f"{method}: {record['steps']} steps{early}, {record['tokens']:,} tokens of "
+            f"{data['data']} ({data['split']}); validation loss {loss['before']:.3f} to "
+            f"{loss['after']:.3f} nats, {kept}; {written} moved no logit by more than "
             f"{record['largest_logit_difference']:.2g}")
 
 

@@ -78,8 +78,8 @@ STAGES: dict[str, Stage] = by_name(
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
     Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",
           ("tune", "model", "seed"), libraries=_PEFT, rehearsal="bipdeploy.stages.tune:rehearse",
-          smaller="raise tune.accumulation, lower tune.tokens, or set "
-          "tune.gradient_checkpointing: true"),
+          smaller="raise tune.accumulation, lower tune.tokens, set "
+          "tune.gradient_checkpointing: true; with method: full, raise tune.processes"),
     Stage("export", ("pruned", "prune"), None, "bipdeploy.stages.export:run",
           ("export", "model", "hardware", "name", "score", "prune", "recover", "tune", "seed"),
           libraries=_VLLM + _ONNX, smaller="switch off export.onnx or export.vllm, whose checks "

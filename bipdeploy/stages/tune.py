@@ -1,4 +1,4 @@
-"""Stage `tune`: train low-rank adapters on the repaired model, merge them, prove the merge."""
+"""Stage `tune`: train the repaired model, write what came of it, prove what was written."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.recipe.tune import TuneSection
+from bipdeploy.recipe.tune import TuneSection, slice_tokens
 from bipdeploy.running import artifacts, machine
-from bipdeploy.tuning import adapters, checkpoints, data, launch, training
+from bipdeploy.tuning import checkpoints, data, launch, students, training
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import Document, Windows
-from bipdeploy.tuning.losses import cross_entropy
+from bipdeploy.tuning.losses import cross_entropy, predicted, predicting
 from bipdeploy.tuning.training import Task
 
 LOST_LIMIT = 0.05  # share of documents none of whose tokens counts, above which it is said
-MERGE_TOLERANCE = 0.02  # nats: what rounding merged weights to 16 bits may cost
+MERGE_TOLERANCE = 0.02  # nats: what rounding trained weights to 16 bits may cost
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate")
 
 
 def run(job: Job) -> None:
-    """Write `model/` (adapters merged), `tune.json` and the figures; with `keep_adapter` also
-    `adapter/`. Where the section is not enabled, only `tune.json`."""
+    """Write `model/`, `tune.json` and the figures; with `keep_adapter` also `adapter/`. Where the
+    section is not enabled, only `tune.json`."""
     recipe, section = job.recipe, job.recipe.tune
     if not section.enabled:
         job.reporter.total(1)
@@ -62,7 +62,8 @@ def run(job: Job) -> None:
     if state.best_step == 0:
         job.reporter.note("no step lowered the validation loss: the model is left as it was")
     job.write("tune.json", {
-        "enabled": True, "data": provenance, "best_step": state.best_step, "steps": state.step,
+        "enabled": True, "method": section.method, "data": provenance,
+        "best_step": state.best_step, "steps": state.step,
         "stopped_early": state.step < section.steps, "tokens": state.tokens,
         "epochs": state.step * section.batch / len(task.training),
         "seconds": round(state.seconds, 3), "processes": section.processes,
@@ -70,7 +71,7 @@ def run(job: Job) -> None:
         "trained_parameters": sum(t.numel() for t in state.best.values()),
         "history": [{"step": step, "loss": loss} for step, loss in state.history],
         "loss": {"before": state.history[0][1],
-                 "adapters": min(loss for _, loss in state.history),
+                 "best": min(loss for _, loss in state.history),
                  "after": figures["tune.loss.after"]},
         "largest_logit_difference": figures["tune.merge.max_logit_difference"]})
     job.write_figures(figures)
@@ -100,7 +101,7 @@ def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
         "section": section.model_dump(mode="json", exclude={"checkpoint_every", "keep_adapter"}),
         "model": recipe.model.model_dump(mode="json"), "seed": recipe.seed,
         "student": sources.fingerprint(job.inputs["repaired"]),
-        "dense": sources.fingerprint(job.inputs["dense"]) if section.distillation.weight else "",
+        "dense": sources.fingerprint(job.inputs["dense"]) if section.taught else "",
         "text": provenance["text_sha256"], "device": device.type,
         "code": machine.code_version(),
         "libraries": {name: machine.version_of(name) for name in LIBRARIES}})
@@ -204,32 +205,34 @@ def _lost(windows: Windows) -> str:
 
 def finish(job: Job, source: Checkpoint, task: Task, state: State,
            device: torch.device) -> dict[str, float]:
-    """Merge the best adapters into `model/` and compare it, loaded anew, with the adapted model.
+    """Write the best of what was trained to `model/`, adapters merged, and compare it, loaded anew,
+    with the model that was trained.
 
-    Returns the figures. Raises StageError where merging made the model worse.
+    Returns the figures. Raises StageError where writing made the model worse.
     """
     section = task.section
     dtype, code = training.compute_type(section, device), task.model.trust_remote_code
-    adapted = adapters.adapted(task.student, section, dtype, device, task.seed,
+    trained = students.student(task.student, section, dtype, device, task.seed,
                                trust_remote_code=code)
-    adapters.load(adapted, state.best)
-    adapted.eval()
+    students.load(trained, state.best)
+    trained.eval()
     out = job.out / "model"
-    adapters.merge(source, adapted, out)
+    students.write(source, trained, section, out)
     if section.keep_adapter:
-        adapted.save_pretrained(job.out / "adapter")
-    merged = loading.load_model(out, dtype, device, trust_remote_code=code)
-    batch = section.batch // (section.accumulation * section.processes)
-    difference, before, after = compare(adapted, merged, task.validation, batch, device)
+        trained.save_pretrained(job.out / "adapter")
+    saved = loading.load_model(out, dtype, device, trust_remote_code=code)
+    batch = min(section.batch // (section.accumulation * section.processes),
+                max(1, slice_tokens(source.architecture.vocabulary) // section.tokens))
+    difference, before, after = compare(trained, saved, task.validation, batch, device)
     if not after <= before + MERGE_TOLERANCE:
-        raise StageError(f"the merged model is worse than the model with adapters: validation loss "
+        raise StageError(f"the model as written is worse than as trained: validation loss "
                          f"{after:.4f} against {before:.4f} nats, allowed {MERGE_TOLERANCE:g} more")
     return {"tune.loss.before": state.history[0][1], "tune.loss.after": after,
             "tune.merge.max_logit_difference": difference}
 
 
 @torch.no_grad()
-def compare(adapted: Any, merged: Any, windows: Windows, batch: int,
+def compare(trained: Any, saved: Any, windows: Windows, batch: int,
             device: torch.device) -> tuple[float, float, float]:
     """Largest absolute difference of logits, and the mean loss in nats of either model."""
     difference, sums = 0.0, [0.0, 0.0]
@@ -237,13 +240,13 @@ def compare(adapted: Any, merged: Any, windows: Windows, batch: int,
         ids = windows.ids[start:start + batch].to(device)
         labels = windows.labels[start:start + batch].to(device)
         with torch.autocast(device.type, torch.bfloat16,
-                            enabled=merged.dtype == torch.bfloat16):
+                            enabled=saved.dtype == torch.bfloat16):
             first, second = (model(input_ids=ids, use_cache=False).logits.float()
-                             for model in (adapted, merged))
+                             for model in (trained, saved))
         difference = max(difference, float((first - second).abs().max()))
         for place, logits in enumerate((first, second)):
-            sums[place] += float(cross_entropy(logits, labels))
+            sums[place] += float(cross_entropy(predicting(logits, labels), predicted(labels)))
     if not math.isfinite(difference):
-        raise StageError("the logits of the model with adapters or of the merged one are not "
-                         "finite; lower tune.learning_rate, or set tune.dtype: float32")
+        raise StageError("the logits of the model as trained or as written are not finite; "
+                         "lower tune.learning_rate, or set tune.dtype: float32")
     return difference, sums[0] / windows.predicted, sums[1] / windows.predicted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,6 @@ def adapted(folder: Path, section: TuneSection, dtype: torch.dtype, device: torc
         return get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=section.rank, lora_alpha=section.alpha,  # type: ignore[arg-type]
             lora_dropout=section.dropout, target_modules=list(section.target_modules)))
-
-
-def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapters' parameters by name; nothing else is trained."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load(model: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Give the adapters these values. Raises KeyError where one is missing."""
-    with torch.no_grad():
-        for name, parameter in parameters(model).items():
-            parameter.copy_(values[name])
 
 
 def merge(source: Checkpoint, model: Any, out: Path,

@@ -57,7 +57,7 @@ def train(task: Task, device: torch.device, reporter: Reporter) -> State:
         _run([sys.executable, "-m", "torch.distributed.run", "--standalone",
               f"--nproc-per-node={task.section.processes}", "-m", "bipdeploy.tuning.worker",
               str(folder)], folder / LOG, reporter)
-    state = checkpoints.load(task.checkpoint)
+    state = checkpoints.load(task.checkpoint, ["best"])
     assert state is not None  # the workers end well only after they wrote it
     return state
 
