@@ -107,7 +107,7 @@ def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str]
 
 def tune(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
          reporter: Reporter | None = None, *, force: bool = False) -> Path:
-    """Train adapters on a pruned model and merge them; returns the folder that holds `model`."""
+    """Train a pruned model, by `tune.method`; returns the folder that holds `model`."""
     return _stage("tune", model, {"repaired": sources.model_folder(str(pruned))}, out,
                   ["tune.enabled=true", *settings], reporter, force)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -98,50 +97,6 @@ def test_another_step_count_reruns_from_lora_on(again):
 def test_a_gate_on_training_that_is_off_is_refused():
     done = bipdeploy_here("check", SMOKE, "--set", "gates.tune.loss.after.max=3")
     assert done.returncode == 2 and "no enabled stage measures 'tune.loss.after'" in done.stderr
-
-
-# All weights
-
-@pytest.mark.slow
-def test_a_run_trains_all_weights_towards_the_dense_model(again):
-    settings = ["recover.method=none", *FULL, "tune.distillation.hidden=0.1", "tune.steps=8",
-                "evaluate.perplexity.max_tokens=4000"]
-    untrained = again("recover.method=none", "tune.enabled=false", settings[-1],
-                      until="evaluate").figures["perplexity.pruned"]
-    result = again(*settings, until="report")
-    folder, figures = result.folder, result.figures
-    assert figures["tune.loss.after"] < figures["tune.loss.before"] - 0.05
-    assert figures["perplexity.pruned"] < 0.95 * untrained
-    record = artifacts.read_json(folder / "tune" / "tune.json")
-    assert (record["method"], record["steps"]) == ("full", 8)
-    assert record["trained_parameters"] == figures["parameters.pruned"]
-    assert hashes(folder / "tune/model") == hashes(folder / "export/transformers")
-    assert "All weights trained: 8 steps" in (folder / "report" / "report.md").read_text()
-    card = (folder / "export/transformers/README.md").read_text()
-    assert "All weights were then trained on `builtin:pydocs` with the dense model" in card
-    assert not artifacts.checkpoint_folder(folder / "tune").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_that_were_killed_go_on_to_the_same_weights(tmp_path, sliced):
-    settings = [*PLAIN, *FULL, "tune.steps=8", "tune.processes=2", "tune.checkpoint_every=3"]
-    whole = api.tune("builtin:pico", sliced, tmp_path / "whole", settings)
-
-    class Stopped(Silent):
-        steps = 0
-
-        def advance(self, steps: int = 1) -> None:
-            self.steps += steps
-            if self.steps == 5:
-                raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        api.tune("builtin:pico", sliced, out, settings, Stopped())
-    reporter = Silent()
-    api.tune("builtin:pico", sliced, out, settings, reporter)
-    assert re.fullmatch(r"goes on from step [36] of a run that was interrupted", reporter.notes[0])
-    assert hashes(out / "model") == hashes(whole / "model")
 
 
 # On plain paths

@@ -1,4 +1,4 @@
-"""LoRA's parts: windows and labels, order, losses, steps, checkpoints, the merge."""
+"""Training's parts: windows and labels, order, losses, steps, checkpoints, the merge."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_distillation_moves_the_pruned_model_towards_the_dense_one(tiny, tmp_pat
             return float(losses.divergence(own, dense, 1.0))
 
     before = distance()
-    students.load(model, _last(job))
+    students.load(model, last(job))
     assert distance() < before
 
 
@@ -210,13 +210,13 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float((first - second).norm() / first.norm())
 
 
-def _last(job: training.Task) -> dict[str, torch.Tensor]:
+def last(job: training.Task) -> dict[str, torch.Tensor]:
     """The adapters after the last step, best or not."""
     training.train(job, CPU, Silent())
-    return _saved(job.checkpoint).values
+    return saved(job.checkpoint).values
 
 
-def _saved(folder: Path) -> State:
+def saved(folder: Path) -> State:
     state = checkpoints.load(folder)
     assert state
     return state
@@ -227,15 +227,15 @@ def test_how_a_step_is_computed_changes_its_result_by_rounding_only(tiny, tmp_pa
     rows = [Document(row, [IGNORED] * first + row[first:]) for first, row in zip(
         (0, 3, 9, 14) * 6, token_windows(24, 16).tolist(), strict=True)]
     windows = data.pad(rows, 16, 0)  # rows count differently, so a mean of means would be wrong
-    whole = _last(task(tiny, tmp_path / "a", windows))
-    split = _last(task(tiny, tmp_path / "b", windows, **settings))
+    whole = last(task(tiny, tmp_path / "a", windows))
+    split = last(task(tiny, tmp_path / "b", windows, **settings))
     assert apart(whole, split) < ROUNDING
 
 
 def test_padding_changes_training_by_rounding_only(tiny, tmp_path):
     rows = [data.plain(row) for row in token_windows(24, 12).tolist()]
-    short = _last(task(tiny, tmp_path / "a", data.pad(rows, 12, 0)))
-    padded = _last(task(tiny, tmp_path / "b", data.pad(rows, 16, 5)))
+    short = last(task(tiny, tmp_path / "a", data.pad(rows, 12, 0)))
+    padded = last(task(tiny, tmp_path / "b", data.pad(rows, 16, 5)))
     assert apart(short, padded) < ROUNDING
 
 
@@ -280,7 +280,7 @@ def test_training_that_was_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, 
     reporter = Silent()
     state = training.train(job, CPU, reporter)
     assert reporter.notes == ["goes on from step 3 of a run that was interrupted"]
-    assert equal(state.best, whole.best) and equal(*(_saved(tmp_path / n).values for n in "ab"))
+    assert equal(state.best, whole.best) and equal(*(saved(tmp_path / n).values for n in "ab"))
     assert state.history == whole.history and state.tokens == whole.tokens
 
 
@@ -399,130 +399,6 @@ def test_adapters_that_are_kept_load_in_peft(shaped, tmp_path):
     again = PeftModel.from_pretrained(loaded(shaped), tmp_path / "adapter").eval()
     assert (logits(again, ids) - expected).abs().max() < 1e-5
     assert math.isfinite(float(expected.abs().max()))
-
-
-# All weights
-
-FULL = {"method": "full", "learning_rate": 1e-3}
-
-
-def pruned(tiny: Path, place: Path, **settings) -> training.Task:
-    """Full training of a narrower copy of a model, which is its teacher."""
-    small = write_sliced(tiny, place / "small", draw_kept(architecture_of(tiny), [(1, 48)] * 3))
-    job = task(small, place / "c", **{**FULL, **settings})
-    return training.Task(**{**vars(job), "dense": tiny})
-
-
-def test_losses_in_slices_are_those_of_the_whole_and_so_are_their_gradients():
-    torch.manual_seed(0)
-    head, dense = torch.nn.Linear(6, 11), torch.nn.Linear(6, 11)
-    states, taught = torch.randn(10, 6, requires_grad=True), torch.randn(10, 6)
-    targets = torch.randint(11, (10,))
-
-    def of(size: int) -> tuple[torch.Tensor, ...]:
-        loss = losses.in_slices(states, head, targets, size, teacher=(taught, dense), weight=0.7,
-                                temperature=1.5)
-        return loss.detach(), *torch.autograd.grad(loss, [states, head.weight])
-
-    with torch.no_grad():
-        direct = losses.mixed(head(states), dense(taught), targets, 0.7, 1.5)
-    whole = of(10)
-    assert torch.allclose(whole[0], direct)
-    for size in (1, 3, 9):
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(of(size), whole, strict=True))
-    assert dense.weight.grad is None
-
-
-def test_no_more_logits_than_a_slice_are_made_at_once():
-    sizes = []
-
-    def head(states: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(states))
-        return states
-
-    states = torch.randn(10, 6, requires_grad=True)
-    losses.in_slices(states, head, torch.zeros(10, dtype=torch.long), 4).backward()
-    assert max(sizes) == 4 and sum(sizes) == 20  # forwards, and again backwards
-
-
-def test_a_model_s_divergence_from_itself_is_0_and_so_is_its_gradient():
-    torch.manual_seed(0)
-    logits_PV = torch.randn(5, 7, requires_grad=True)
-    loss = losses.divergence(logits_PV, logits_PV.detach(), 1.0)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
-    assert logits_PV.grad is not None and logits_PV.grad.abs().max() < 1e-6
-
-
-def test_outputs_are_measured_token_by_token():
-    labels = torch.tensor([[1, 1, 1, IGNORED]])
-    dense = torch.randn(1, 4, 8)
-    dense[0, 0] *= 1e4  # a massive activation
-    own = dense * torch.tensor([1.1, 1.2, 9, 9])[None, :, None]
-    assert float(losses.hidden_error([own, dense], [dense, dense], labels)) == pytest.approx(
-        (0.1 ** 2 + 0.2 ** 2) / 2, rel=1e-3)
-    assert float(losses.hidden_error([dense], [dense], labels)) == 0
-
-
-def test_the_dense_model_teaches_itself_nothing(tiny, tmp_path):
-    section = TuneSection(method="full", distillation={"hidden": 1.0})
-    model = students.student(tiny, section, torch.float32, CPU, 0)
-    ids = token_windows(2, 16)
-    loss = students.Objective(model, loaded(tiny), section)(ids, ids)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-4)
-    assert max(float(p.grad.abs().max()) for p in model.parameters()) < 1e-4
-
-
-@pytest.mark.parametrize("distillation", [{}, {"hidden": 1.0}, {"weight": 0.5}])
-def test_all_weights_move_towards_the_dense_model(tiny, tmp_path, distillation):
-    job = pruned(tiny, tmp_path, distillation=distillation, steps=8)
-    model = students.student(job.student, job.section, torch.float32, CPU, 0)
-    before = {name: p.detach().clone() for name, p in students.parameters(model).items()}
-    ids = job.validation.ids
-
-    def distance() -> float:
-        with torch.no_grad():
-            own, dense = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(tiny)))
-            return float(losses.divergence(own, dense, 1.0))
-
-    first = distance()
-    students.load(model, _last(job))
-    assert distance() < first
-    assert all(not torch.equal(before[name], p) for name, p in students.parameters(model).items())
-
-
-@pytest.mark.parametrize("settings", [{"accumulation": 4}, {"gradient_checkpointing": True}])
-def test_how_a_step_of_all_weights_is_computed_changes_rounding_only(tiny, tmp_path, settings):
-    for place in "ab":
-        (tmp_path / place).mkdir()
-    options = {"distillation": {"hidden": 0.5}}
-    whole = _last(pruned(tiny, tmp_path / "a", **options))
-    split = _last(pruned(tiny, tmp_path / "b", **options, **settings))
-    assert max(float((whole[n] - split[n]).abs().max()) for n in whole) < 1e-4
-
-
-def test_training_of_all_weights_goes_on_to_the_same_bits(tiny, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill() -> None:
-        if checkpoints.load(job.checkpoint):
-            raise Killed
-
-    for place in "ab":
-        (tmp_path / place).mkdir()
-    settings = {"distillation": {"hidden": 0.5}, "weight_decay": 0.1}
-    whole = pruned(tiny, tmp_path / "a", **settings)
-    first = training.train(whole, CPU, Silent())
-    job = pruned(tiny, tmp_path / "b", checkpoint_every=3, **settings)
-    with pytest.raises(Killed):
-        training.train(job, CPU, Silent(), kill)
-    reporter = Silent()
-    second = training.train(job, CPU, reporter)
-    assert reporter.notes == ["goes on from step 3 of a run that was interrupted"]
-    assert equal(_saved(whole.checkpoint).values, _saved(job.checkpoint).values)
-    assert equal(first.best, second.best) and first.history == second.history
 
 
 def test_what_is_written_of_all_weights_computes_what_the_trained_model_does(shaped, tmp_path):

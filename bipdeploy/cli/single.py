@@ -37,7 +37,7 @@ def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None,
 
 def tune(model: Model, pruned: Pruned, out: Out, settings: Set = None,
          force: Force = False) -> None:
-    """Train low-rank adapters on a pruned model and merge them."""
+    """Train a pruned model on text: adapters that are merged, or all weights."""
     _one("tune", force, model, pruned, out, settings or [])
 
 

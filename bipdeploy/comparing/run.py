@@ -240,7 +240,7 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
 
 @contextmanager
 def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -> Iterator[Path]:
-    """The folder whose `model` is measured: what was made, or that after LoRA where asked for."""
+    """The folder whose `model` is measured: what was made, trained where that is asked for."""
     if "tune" not in REPAIRS_COMPARED[cell.repair]:
         yield made
         return

@@ -32,7 +32,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
                       description="Names the run's folder under runs/.")
     seed: int = Field(0, ge=0, description="Draws the calibration windows, random scores, and "
-                      "what LoRA holds back, starts from and reads next.")
+                      "what training holds back, starts from and reads next.")
     model: ModelSection
     hardware: HardwareSection = Field(default_factory=HardwareSection)
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
