@@ -6,8 +6,8 @@ from importlib import metadata
 from typing import Any
 
 __version__ = metadata.version("bipdeploy")
-__all__ = ["bench", "compare", "evaluate", "export", "gate", "lora", "plan", "profile", "prune",
-           "recover", "report", "run", "score", "sweep"]
+__all__ = ["bench", "compare", "evaluate", "export", "gate", "plan", "profile", "prune",
+           "recover", "report", "run", "score", "sweep", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -105,11 +105,11 @@ def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str]
                   reporter, force)
 
 
-def lora(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
+def tune(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
          reporter: Reporter | None = None, *, force: bool = False) -> Path:
-    """Train adapters on a pruned model and merge them; returns the folder that holds `model`."""
-    return _stage("lora", model, {"repaired": sources.model_folder(str(pruned))}, out,
-                  ["lora.enabled=true", *settings], reporter, force)
+    """Train a pruned model, by `tune.method`; returns the folder that holds `model`."""
+    return _stage("tune", model, {"repaired": sources.model_folder(str(pruned))}, out,
+                  ["tune.enabled=true", *settings], reporter, force)
 
 
 def export(pruned: PathLike, out: PathLike, settings: Sequence[str] = (),
@@ -220,7 +220,7 @@ def _require_space(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: P
     """Refuse a stage that writes a model where there is no room for it. Raises StageError."""
     if name == "prune" and resolved:
         footprint.require_space(resolved, resolved.uniform, [name], out, "--out")
-    elif name in ("recover", "lora", "export"):  # what they write is as large as what they read
+    elif name in ("recover", "tune", "export"):  # what they write is as large as what they read
         made = resolved_at(recipe, next(inputs[n] for n in ("sliced", "repaired", "pruned")
                                         if n in inputs))
         footprint.require_space(made, made.architecture.blocks, [name], out, "--out")

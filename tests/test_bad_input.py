@@ -183,7 +183,7 @@ def test_a_tensor_of_another_shape(tmp_path, model, tensor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["recover", "lora", "export", "evaluate", "bench"])
+@pytest.mark.parametrize("stage", ["recover", "tune", "export", "evaluate", "bench"])
 def test_a_pruned_model_whose_tensor_has_another_shape(tmp_path, model, stage):
     weights, tensor = load_file(model / "model.safetensors"), "model.layers.5.mlp.down_proj.weight"
     weights[tensor] = weights[tensor][:-1].contiguous()

@@ -113,6 +113,16 @@ def test_scoring_together_gives_each_criterion_what_it_gets_alone(variant, tmp_p
         assert found.agreement == alone.agreement
 
 
+@pytest.mark.parametrize(("method", "rates"), [("lora", (0.003, 5e-5)), ("full", (1e-4, 0.003))])
+def test_a_learning_rate_holds_for_the_recipe_s_own_way_of_training(tiny, tmp_path, method, rates):
+    wanted = cells.plan(recipe(tiny, tmp_path, {"repairs": ["refit+lora", "refit+distil"]}, [
+        f"tune.method={method}", "tune.learning_rate=0.003", "tune.distillation.weight=0.25"]))
+    made = [cells.recipe_of(wanted.recipe, wanted.arch, cell).tune for cell in wanted.cells[:2]]
+    assert [(t.enabled, t.method) for t in made] == [(True, "lora"), (True, "full")]
+    assert tuple(t.rate for t in made) == rates
+    assert [t.kl for t in made] == ([0.25, 1.0] if method == "lora" else [0.0, 0.25])
+
+
 def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(tiny, tmp_path):
     def keys(*settings: str, **compare) -> dict[str, str]:
         wanted = cells.plan(recipe(tiny, tmp_path, {"repairs": list(REPAIRS_COMPARED), **compare},
@@ -127,12 +137,15 @@ def test_a_key_changes_with_all_that_the_cell_depends_on_and_with_nothing_else(t
         assert not set(base.values()) & set(keys(change).values()), change
     ridge = keys("recover.refit.ridge=0.1")
     assert {r for r in base if base[r] != ridge[r]} == {
-        "refit", "reselect", "refit+lora", "reselect+lora"}
-    rank = keys("lora.rank=4")
+        "refit", "reselect", "refit+lora", "reselect+lora", "refit+distil", "reselect+distil"}
+    rank = keys("tune.rank=4")
     assert {r for r in base if base[r] != rank[r]} == {
         "lora", "refit+lora", "reselect+lora"}
+    hidden = keys("tune.distillation.hidden=0.5")
+    assert {r for r in base if base[r] != hidden[r]} == {
+        r for r in base if "lora" in r or "distil" in r}
     for same in ("name=y", "prune.ratio=0.2", "recover.method=bias", "bench.torch.batch=7",
-                 "export.onnx.style=std", "score.criterion=flap", "lora.enabled=true",
+                 "export.onnx.style=std", "score.criterion=flap", "tune.enabled=true",
                  "calibration.spill=true"):
         assert keys(same) == base, same
     searched = keys(methods=["llm_bip@searched"])
@@ -383,8 +396,8 @@ def test_paper_tables_never_show_a_published_figure_as_ours(tmp_path):
          "huggyllama/llama-7b", "--data", "builtin:pydocs", "wikitext2", "--tasks",
          "builtin:pydocs_choice", "llm_bip_7", "--limit", "8", "--ratios", "0.3", "--criteria",
          "wanda_sp", "--set", "prune.round_to=8", "--set", "evaluate.perplexity.max_tokens=1024",
-         "--set", "calibration.samples=8", "--set", "lora.steps=2", "--set",
-         "lora.batch=4", "--set", "lora.accumulation=1", "--set", "lora.validation.windows=4",
+         "--set", "calibration.samples=8", "--set", "tune.steps=2", "--set",
+         "tune.batch=4", "--set", "tune.accumulation=1", "--set", "tune.validation.windows=4",
          "--repairs", "none", "refit", "refit+lora", "--out", str(tmp_path)], cwd=ROOT,
         capture_output=True, text=True, check=False,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)})

@@ -101,7 +101,7 @@ def test_the_reference_has_every_field_of_the_schema(site):
                 assert any(f"`{value}`" in row for row in rows), (name, value)
     assert "## prune.target" in page.replace("###", "##")
     built = (site / "recipe" / "index.html").read_text(encoding="utf-8")
-    assert 'id="lora-validation"' in built
+    assert 'id="tune-validation"' in built
 
 
 def rooms(package: Path, imports: dict[str, list[str]]) -> Path:

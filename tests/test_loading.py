@@ -242,7 +242,7 @@ def test_a_tokenizer_that_the_libraries_do_not_know_is_one_line(model, damage):
 def test_a_later_tokenizer_is_one_line_of_a_run_with_lora(model, tmp_path):
     edit(model / "tokenizer.json", version="2.0")
     done = bipdeploy("run", SMOKE, "--runs", tmp_path / "runs", "--set", f"model.id={model}",
-                     "--set", "lora.enabled=true")
+                     "--set", "tune.enabled=true")
     refused(done, 2, "no tokenizer that can be loaded", "version '2.0'", "update both")
 
 
@@ -472,15 +472,15 @@ def test_it_goes_with_all_that_a_run_makes(accompanied, tmp_path):
     expected = beside(accompanied)
     assert {"LICENSE", "additional_chat_templates/tools.jinja"} <= expected
     made = api.run(SMOKE, [f"model.id={accompanied}", "export.onnx.enabled=true",
-                           "lora.enabled=true", "lora.steps=1", "lora.batch=2",
-                           "lora.accumulation=1", "lora.validation.windows=2",
+                           "tune.enabled=true", "tune.steps=1", "tune.batch=2",
+                           "tune.accumulation=1", "tune.validation.windows=2",
                            *short_calibration(tmp_path)], tmp_path, until="export").folder
-    target.write(Checkpoint(made / "lora/model"), made / "vllm", tensor_parallel=1)
-    removed = write_sliced(made / "lora/model", made / "removed", draw_kept(
-        architecture_of(made / "lora/model"), [(0, 32)] + [(1, 0)] * 6))
+    target.write(Checkpoint(made / "tune/model"), made / "vllm", tensor_parallel=1)
+    removed = write_sliced(made / "tune/model", made / "removed", draw_kept(
+        architecture_of(made / "tune/model"), [(0, 32)] + [(1, 0)] * 6))
     target.write(Checkpoint(removed), made / "vllm-per-block", tensor_parallel=1)
     (made / "quantised").mkdir()
     onnx_folder.carry(made / "export/onnx", made / "quantised")
-    for place in ("prune/model", "recover/model", "lora/model", "export/transformers",
+    for place in ("prune/model", "recover/model", "tune/model", "export/transformers",
                   "export/onnx", "quantised", "vllm", "vllm-per-block"):
         assert beside(made / place) == expected, place

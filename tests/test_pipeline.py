@@ -219,9 +219,9 @@ def test_until_ends_after_a_stage_and_a_later_run_goes_on_from_there(tmp_path, a
     for name in NAMES[3:]:
         shutil.rmtree(again.folder / name)
     assert again(until="recover").ran == []
-    assert not (again.folder / "lora").exists()
+    assert not (again.folder / "tune").exists()
     result = again(until="export")
-    assert (result.reused, result.ran) == (NAMES[:3], ["lora", "export"])
+    assert (result.reused, result.ran) == (NAMES[:3], ["tune", "export"])
 
 
 def test_figures_and_gates_of_stages_that_no_longer_hold_are_not_shown(again):
@@ -270,7 +270,7 @@ def test_a_stage_whose_file_is_cut_off_reruns(again, stage, name):
 
 def test_without_repair_the_sliced_model_is_exported(again):
     result = again("recover.method=none", until="export")
-    assert (result.reused, result.ran) == (["score", "prune"], ["recover", "lora", "export"])
+    assert (result.reused, result.ran) == (["score", "prune"], ["recover", "tune", "export"])
     exported, sliced = (hashes(again.folder / folder)
                         for folder in ("export/transformers", "prune/model"))
     assert exported.pop("README.md") and exported == sliced

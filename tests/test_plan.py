@@ -14,7 +14,7 @@ from bipdeploy.errors import InputError
 from bipdeploy.model import sources
 from bipdeploy.model.families import BlockWidths, architecture
 from bipdeploy.pipeline.keys import stage_keys
-from bipdeploy.planning import plan
+from bipdeploy.planning import footprint, plan
 from bipdeploy.planning.gpus import GPUS
 from bipdeploy.planning.resolved import of_config, resolved_at
 from bipdeploy.pruning.allocation import global_widths, possible_widths
@@ -438,3 +438,23 @@ def test_what_a_criterion_and_a_repair_hold_is_in_the_memory(tmp_path):
     assert held["joint"]["score"].memory - held["bound"]["score"].memory >= 8 * 3 * widest ** 2
     assert held["again"]["recover"].memory > held["bound"]["recover"].memory
     assert held["joint"]["score"].seconds >= held["bound"]["score"].seconds
+
+
+def test_training_all_weights_is_in_the_memory_and_on_the_disk(tmp_path):
+    full = ["hardware.gpu=H100", "tune.enabled=true", "tune.method=full"]
+
+    def tuned(*overrides: str) -> footprint.Stage:
+        return planned(tmp_path, *overrides).stages["tune"]
+
+    whole, lora = tuned(*full), tuned(*full, "tune.method=lora")
+    figures = planned(tmp_path, *full).figures
+    kept, dense = figures["parameters.pruned"], figures["parameters.dense"]
+    assert whole.memory > 16 * kept + 2 * dense
+    assert whole.memory > lora.memory + 14 * kept
+    assert whole.writes - lora.writes == pytest.approx(32 * kept)
+    untaught = tuned(*full, "tune.distillation.weight=0")
+    assert whole.memory - untaught.memory >= 2 * dense
+    assert whole.seconds > untaught.seconds
+    assert tuned(*full, "tune.processes=2").memory < whole.memory
+    cpu = tuned("model.device=cpu", *full[1:])
+    assert cpu.memory > 36 * kept + 4 * dense

@@ -327,3 +327,37 @@ def test_a_recipe_does_not_change_after_reading():
         recipe.seed = 3  # type: ignore[misc]
 
 
+
+
+# Names of before
+
+OLD = """name: x
+model: {id: builtin:pico}
+prune: {ratio: 0.3}
+lora: {enabled: true, rank: 4}
+gates:
+  lora.loss.after: {max: 3}
+sweep:
+  fields: {lora.rank: [2, 4]}
+"""
+
+
+def test_a_recipe_with_a_section_s_old_name_reads_as_with_the_new_one():
+    made = recipe_file.parse(OLD, "old")
+    assert made == recipe_file.parse(OLD.replace("lora", "tune"), "new")
+    assert made.tune.rank == 4 and made.sweep.fields == {"tune.rank": [2, 4]}
+    settings = ["{}.rank=8", "gates.{}.loss.after.max=2"]
+    assert recipe_file.parse(OLD, "old", [s.format("lora") for s in settings]) == recipe_file.parse(
+        OLD, "old", [s.format("tune") for s in settings])
+
+
+def test_both_names_of_one_section_are_refused():
+    with pytest.raises(RecipeError) as raised:
+        recipe_file.parse(OLD + "tune: {enabled: true}\n", "both")
+    assert "line 4: lora: the old name of tune, which is given too; keep tune" in str(raised.value)
+    assert len(raised.value.faults) == 1
+
+
+def test_a_fault_in_a_section_with_an_old_name_has_its_line():
+    with pytest.raises(RecipeError, match=r"line 4: tune\.rank: 0 is not accepted"):
+        recipe_file.parse(OLD.replace("rank: 4", "rank: 0"), "old")

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from bipdeploy.data import calibration, pydocs, sampling, text, windows
 from bipdeploy.errors import InputError
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.stages.lora import read_windows
+from bipdeploy.stages.tune import read_windows
 from tests.chats import CHATML, CONVERSATIONS, with_template
 from tests.running import python
 from tests.tiny import PICO
@@ -151,7 +151,7 @@ def test_training_reads_parts_that_are_enough_for_its_steps(tmp_path, small, for
     path.write_text("".join(json.dumps({"text": line, "instruction": "Go on.", "input": "",
                                         "output": line}) + "\n"
                             for line in numbered(10_000).split("\n")))
-    recipe = recipe_of("builtin:pydocs", lora={
+    recipe = recipe_of("builtin:pydocs", tune={
         "enabled": True, "data": str(path), "format": form, "packing": packing, "tokens": 64,
         "steps": 3, "batch": 8, "validation": {"windows": 4}})
     found, provenance = read_windows(recipe, PICO)

@@ -64,7 +64,7 @@ def test_two_rows_of_one_name_are_refused():
 
 def test_what_is_rehearsed_exists():
     assert [name for name, stage in STAGES.items()
-            if stage.rehearsal and callable(loaded(stage.rehearsal))] == ["lora", "evaluate"]
+            if stage.rehearsal and callable(loaded(stage.rehearsal))] == ["tune", "evaluate"]
 
 
 def test_the_tasks_of_the_published_table_have_their_metrics():

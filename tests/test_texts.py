@@ -98,8 +98,8 @@ def test_a_column_of_both_kinds_is_refused(tmp_path):
 def test_the_usual_column_of_conversations_is_proposed(tmp_path, column):
     path = write(tmp_path / "t.jsonl", CONVERSATIONS, column)
     assert f"set calibration.field: {column}" in message_of(path)
-    with pytest.raises(InputError, match=f"set lora.format: text and lora.field: {column}"):
-        text.records(str(path), "calibration", ("instruction", "input", "output"), "lora")
+    with pytest.raises(InputError, match=f"set tune.format: text and tune.field: {column}"):
+        text.records(str(path), "calibration", ("instruction", "input", "output"), "tune")
 
 
 def test_conversations_for_a_model_without_a_chat_template_are_refused(tmp_path):
@@ -150,7 +150,7 @@ def test_a_template_that_begins_with_what_depends_on_the_answers_does_not_tell_w
         tmp_path):
     counting = "{{ messages | string | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokens = windows.tokenizer(with_template(tmp_path / "model", counting))
-    with pytest.raises(InputError, match=r"set lora\.loss_on: all"):
+    with pytest.raises(InputError, match=r"set tune\.loss_on: all"):
         chat.answers((Message("user", "a"), Message("assistant", "One.")), tokens)
 
 
@@ -206,7 +206,7 @@ def test_values_that_are_no_text_are_refused_with_their_column_and_type(tmp_path
             tmp_path / "rows.parquet")
         with pytest.raises(InputError, match=rf"column '{column}' holds .* {kind} \(row 2\)"):
             text.records(str(tmp_path / "rows.parquet"), "test",
-                         ("instruction", "input", "output"), "lora")
+                         ("instruction", "input", "output"), "tune")
 
 
 @pytest.mark.parametrize("seed", range(60))

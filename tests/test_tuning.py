@@ -1,4 +1,4 @@
-"""LoRA's parts: windows and labels, order, losses, steps, checkpoints, the merge."""
+"""Training's parts: windows and labels, order, losses, steps, checkpoints, the merge."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from bipdeploy.errors import StageError
 from bipdeploy.model.checkpoint import Checkpoint
-from bipdeploy.recipe.lora import PROJECTIONS, LoraSection
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.tune import PROJECTIONS, TuneSection
 from bipdeploy.running.reporter import Silent
-from bipdeploy.tuning import adapters, checkpoints, data, losses, training
+from bipdeploy.tuning import adapters, checkpoints, data, losses, students, training
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import IGNORED, Document, Windows
 from tests.sliced import (
@@ -129,22 +129,22 @@ def test_losses_count_only_tokens_with_a_label_and_add_up():
     nll = -p.gather(-1, targets[..., None])[..., 0].log()
     kl = (q * (q.log() - p.log())).sum(-1)
     expected = float((0.3 * nll[counts] + 0.7 * kl[counts]).sum())
-    assert float(losses.mixed(student, teacher, labels, 0.7, 1.0)) == pytest.approx(expected)
-    assert float(losses.mixed(student, None, labels, 0.0, 1.0)) == pytest.approx(
+    own, dense = (losses.predicting(logits, labels) for logits in (student, teacher))
+    wanted = losses.predicted(labels)
+    assert float(losses.mixed(own, dense, wanted, 0.7, 1.0)) == pytest.approx(expected)
+    assert float(losses.mixed(own, None, wanted, 0.0, 1.0)) == pytest.approx(
         float(nll[counts].sum()))
 
 
 def test_temperature_softens_both_models_and_keeps_the_size_of_gradients():
     torch.manual_seed(0)
-    student, teacher = torch.randn(1, 3, 5), torch.randn(1, 3, 5)
-    labels = torch.zeros(1, 3, dtype=torch.long)
-    assert float(losses.divergence(student, teacher, labels, 2.0)) == pytest.approx(
-        4 * float(losses.divergence(student / 2, teacher / 2, labels, 1.0)))
-    assert float(losses.divergence(teacher, teacher, labels, 2.0)) == pytest.approx(0, abs=1e-6)
+    student, teacher = torch.randn(3, 5), torch.randn(3, 5)
+    assert float(losses.divergence(student, teacher, 2.0)) == pytest.approx(
+        4 * float(losses.divergence(student / 2, teacher / 2, 1.0)))
 
 
 def test_the_learning_rate_warms_up_and_falls():
-    section = LoraSection(steps=20, warmup=0.2, learning_rate=1.0, schedule="linear")
+    section = TuneSection(steps=20, warmup=0.2, learning_rate=1.0, schedule="linear")
     rates = training.learning_rates(section)
     assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert rates[12] == pytest.approx(0.5) and len(rates) == 20
@@ -156,7 +156,7 @@ def test_the_learning_rate_warms_up_and_falls():
 
 def task(folder: Path, place: Path, windows: Windows | None = None, **settings) -> training.Task:
     """Training of a tiny model on random windows that is over in a second."""
-    section = LoraSection.model_validate({
+    section = TuneSection.model_validate({
         "tokens": 16, "steps": 6, "batch": 4, "accumulation": 1, "learning_rate": 5e-3,
         "validation": {"windows": 4, "every": 2}, "checkpoint_every": 100, **settings})
     windows = windows or data.pack([data.plain(token_windows(24, 16).flatten().tolist())], 16)
@@ -191,10 +191,11 @@ def test_distillation_moves_the_pruned_model_towards_the_dense_one(tiny, tmp_pat
 
     def distance() -> float:
         with torch.no_grad():
-            return float(losses.divergence(logits(model, ids), logits(loaded(tiny), ids), ids, 1.0))
+            own, dense = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(tiny)))
+            return float(losses.divergence(own, dense, 1.0))
 
     before = distance()
-    adapters.load(model, _last(job))
+    students.load(model, last(job))
     assert distance() < before
 
 
@@ -209,12 +210,16 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return float((first - second).norm() / first.norm())
 
 
-def _last(job: training.Task) -> dict[str, torch.Tensor]:
+def last(job: training.Task) -> dict[str, torch.Tensor]:
     """The adapters after the last step, best or not."""
     training.train(job, CPU, Silent())
-    state = checkpoints.load(job.checkpoint)
+    return saved(job.checkpoint).values
+
+
+def saved(folder: Path) -> State:
+    state = checkpoints.load(folder)
     assert state
-    return state.adapter
+    return state
 
 
 @pytest.mark.parametrize("settings", [{"accumulation": 4}, {"gradient_checkpointing": True}])
@@ -222,15 +227,15 @@ def test_how_a_step_is_computed_changes_its_result_by_rounding_only(tiny, tmp_pa
     rows = [Document(row, [IGNORED] * first + row[first:]) for first, row in zip(
         (0, 3, 9, 14) * 6, token_windows(24, 16).tolist(), strict=True)]
     windows = data.pad(rows, 16, 0)  # rows count differently, so a mean of means would be wrong
-    whole = _last(task(tiny, tmp_path / "a", windows))
-    split = _last(task(tiny, tmp_path / "b", windows, **settings))
+    whole = last(task(tiny, tmp_path / "a", windows))
+    split = last(task(tiny, tmp_path / "b", windows, **settings))
     assert apart(whole, split) < ROUNDING
 
 
 def test_padding_changes_training_by_rounding_only(tiny, tmp_path):
     rows = [data.plain(row) for row in token_windows(24, 12).tolist()]
-    short = _last(task(tiny, tmp_path / "a", data.pad(rows, 12, 0)))
-    padded = _last(task(tiny, tmp_path / "b", data.pad(rows, 16, 5)))
+    short = last(task(tiny, tmp_path / "a", data.pad(rows, 12, 0)))
+    padded = last(task(tiny, tmp_path / "b", data.pad(rows, 16, 5)))
     assert apart(short, padded) < ROUNDING
 
 
@@ -251,7 +256,7 @@ def greedy(folder: Path, count: int, tokens: int) -> torch.Tensor:
 
 
 def test_training_that_diverges_says_so(tiny, tmp_path):
-    with pytest.raises(StageError, match=r"diverged.* lower lora\.learning_rate"):
+    with pytest.raises(StageError, match=r"diverged.* lower tune\.learning_rate"):
         trained(tiny, tmp_path / "c", learning_rate=1e30, clip=0, warmup=0)
 
 
@@ -275,7 +280,7 @@ def test_training_that_was_interrupted_goes_on_to_the_same_bits(tiny, tmp_path, 
     reporter = Silent()
     state = training.train(job, CPU, reporter)
     assert reporter.notes == ["goes on from step 3 of a run that was interrupted"]
-    assert equal(state.best, whole.best) and equal(state.adapter, whole.adapter)
+    assert equal(state.best, whole.best) and equal(*(saved(tmp_path / n).values for n in "ab"))
     assert state.history == whole.history and state.tokens == whole.tokens
 
 
@@ -337,16 +342,16 @@ def shaped(request, tmp_path_factory) -> Path:
     return write_biased(folder, place / "biased") if "biased" in request.param else folder
 
 
-def randomised(folder: Path, section: LoraSection):
+def randomised(folder: Path, section: TuneSection):
     model = adapters.adapted(folder, section, torch.float32, CPU, 0)
     torch.manual_seed(1)
-    adapters.load(model, {name: torch.randn_like(p) * 0.1
-                          for name, p in adapters.parameters(model).items()})
+    students.load(model, {name: torch.randn_like(p) * 0.1
+                          for name, p in students.parameters(model).items()})
     return model.eval()
 
 
 def test_the_merged_checkpoint_computes_what_the_adapted_model_does(shaped, tmp_path):
-    model = randomised(shaped, LoraSection())
+    model = randomised(shaped, TuneSection())
     source = Checkpoint(shaped)
     adapters.merge(source, model, tmp_path / "merged")
     ids = token_windows(2, 24)
@@ -360,7 +365,7 @@ def test_the_merged_checkpoint_computes_what_the_adapted_model_does(shaped, tmp_
 
 
 def test_only_the_projections_that_are_named_change(tiny, tmp_path):
-    section = LoraSection(target_modules=["down_proj", "q_proj"])
+    section = TuneSection(target_modules=["down_proj", "q_proj"])
     assert section.target_modules == ["q_proj", "down_proj"]
     adapters.merge(Checkpoint(tiny), randomised(tiny, section), tmp_path / "merged")
     before, after = (load_file(folder / "model.safetensors") for folder in
@@ -372,25 +377,41 @@ def test_only_the_projections_that_are_named_change(tiny, tmp_path):
 
 def test_adapters_that_are_zero_leave_16_bit_weights_bit_for_bit(tmp_path):
     folder = tiny_model(tmp_path / "model", dtype=torch.bfloat16)
-    model = adapters.adapted(folder, LoraSection(), torch.float32, CPU, 0)
+    model = adapters.adapted(folder, TuneSection(), torch.float32, CPU, 0)
     adapters.merge(Checkpoint(folder), model, tmp_path / "merged")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "merged"))
     assert equal(before, after)
 
 
 def test_every_projection_gets_an_adapter_in_float32_and_nothing_else_is_trained(tiny):
-    model = adapters.adapted(tiny, LoraSection(rank=2), torch.bfloat16, CPU, 0)
-    names = {name.split(".lora_")[0].rpartition(".")[2] for name in adapters.parameters(model)}
+    model = adapters.adapted(tiny, TuneSection(rank=2), torch.bfloat16, CPU, 0)
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name in students.parameters(model)}
     assert names == set(PROJECTIONS)
-    assert {p.dtype for p in adapters.parameters(model).values()} == {torch.float32}
-    assert len(adapters.parameters(model)) == 3 * 7 * 2
+    assert {p.dtype for p in students.parameters(model).values()} == {torch.float32}
+    assert len(students.parameters(model)) == 3 * 7 * 2
 
 
 def test_adapters_that_are_kept_load_in_peft(shaped, tmp_path):
-    model = randomised(shaped, LoraSection())
+    model = randomised(shaped, TuneSection())
     model.save_pretrained(tmp_path / "adapter")
     ids = token_windows(2, 24)
     expected = logits(model, ids)
     again = PeftModel.from_pretrained(loaded(shaped), tmp_path / "adapter").eval()
     assert (logits(again, ids) - expected).abs().max() < 1e-5
     assert math.isfinite(float(expected.abs().max()))
+
+
+def test_what_is_written_of_all_weights_computes_what_the_trained_model_does(shaped, tmp_path):
+    section = TuneSection(method="full")
+    model = students.student(shaped, section, torch.float32, CPU, 0)
+    torch.manual_seed(1)
+    students.load(model, {name: p + 0.02 * torch.randn_like(p)
+                          for name, p in students.parameters(model).items()})
+    students.write(Checkpoint(shaped), model, section, tmp_path / "made")
+    ids = token_windows(2, 24)
+    expected = logits(model, ids)
+    assert torch.equal(logits(loaded(tmp_path / "made"), ids), expected)
+    assert (logits(loaded(shaped), ids) - expected).abs().max() > 0.01
+    before, after = (load_file(f / "model.safetensors") for f in (shaped, tmp_path / "made"))
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
+        n: (t.shape, t.dtype) for n, t in after.items()}

@@ -30,8 +30,8 @@ def show_run(result: RunResult) -> None:
     folders = result.folders
     show_comparison(folders)
     collected = summary.collect(folders)
-    if collected["lora_said"]:
-        console.out.print(collected["lora_said"] + "\n", markup=False)
+    if collected["tune_said"]:
+        console.out.print(collected["tune_said"] + "\n", markup=False)
     gates = collected["gates"]
     if gates and gates["gates"]:
         show_gates(gates["gates"])

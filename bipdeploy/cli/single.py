@@ -35,10 +35,10 @@ def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None,
     _one("recover", force, model, pruned, out, settings or [])
 
 
-def lora(model: Model, pruned: Pruned, out: Out, settings: Set = None,
+def tune(model: Model, pruned: Pruned, out: Out, settings: Set = None,
          force: Force = False) -> None:
-    """Train low-rank adapters on a pruned model and merge them."""
-    _one("lora", force, model, pruned, out, settings or [])
+    """Train a pruned model on text: adapters that are merged, or all weights."""
+    _one("tune", force, model, pruned, out, settings or [])
 
 
 def export(pruned: Pruned, out: Out, settings: Set = None, force: Force = False) -> None:

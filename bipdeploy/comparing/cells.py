@@ -20,7 +20,7 @@ from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.methods import Method, method
-from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.recipe.names import REPAIRS_COMPARED, repair_settings
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import STAGES
@@ -107,9 +107,9 @@ def recipe_of(recipe: Recipe, arch: Architecture, cell: Cell) -> Recipe:
     if part:
         prune["depth"] = {part: droppable(arch, recipe.prune, part, cell.ratio)}
     sections: dict[str, Any] = {
-        "seed": cell.seed, "prune": prune, "lora": {**data["lora"], "enabled": False},
+        "seed": cell.seed, "prune": prune, "tune": {**data["tune"], "enabled": False},
         "score": {"criterion": own.criterion, "propagation": own.propagation or "bound"}}
-    for name, settings in REPAIRS_COMPARED[cell.repair].items():
+    for name, settings in repair_settings(cell.repair, recipe.tune.method).items():
         sections[name] = _laid_over(sections.get(name, data[name]), settings)
     return _changed(recipe, sections)
 
@@ -150,7 +150,7 @@ def test_texts(recipe: Recipe) -> dict[str, TextSection]:
 def dense_key(wanted: Plan) -> str:
     """A digest of all that the dense model's figures, and the texts' overlaps, depend on."""
     return artifacts.digest({**wanted.context, **_sections(
-        wanted.recipe, ("model", "evaluate", "calibration", "lora"))})
+        wanted.recipe, ("model", "evaluate", "calibration", "tune"))})
 
 
 def key(wanted: Plan, cell: Cell) -> str:
@@ -162,10 +162,11 @@ def key(wanted: Plan, cell: Cell) -> str:
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
     if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
-    if own.lora.enabled:
+    if own.tune.enabled:
+        found["sections"]["tune"] = plain(own.tune, WHERE | own.tune.unused)
         found["libraries"] = found["libraries"] | {
-            name: machine.version_of(name) for name in STAGES["lora"].libraries}
-        found["training"] = text.fingerprint(own.lora.data, training_split(own))
+            name: machine.version_of(name) for name in STAGES["tune"].libraries}
+        found["training"] = text.fingerprint(own.tune.data, training_split(own))
     return artifacts.digest(found)
 
 

@@ -53,9 +53,9 @@ class Meter:
     """Measures models on the same texts and tasks; each text is read and tokenised once."""
 
     def __init__(self, wanted: Plan, out: Path, reporter: Reporter):
-        tuned = any("lora" in REPAIRS_COMPARED[cell.repair] for cell in wanted.cells)
+        tuned = any("tune" in REPAIRS_COMPARED[cell.repair] for cell in wanted.cells)
         self.recipe = wanted.recipe.model_copy(update={
-            "lora": wanted.recipe.lora.model_copy(update={"enabled": tuned})})
+            "tune": wanted.recipe.tune.model_copy(update={"enabled": tuned})})
         self.dense, self._out = wanted.dense, out
         self._key, self._reporter = dense_key(wanted), reporter
         self._section = self.recipe.evaluate.perplexity
@@ -239,14 +239,14 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
 
 @contextmanager
 def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -> Iterator[Path]:
-    """The folder whose `model` is measured: what was made, or that after LoRA where asked for."""
-    if "lora" not in REPAIRS_COMPARED[cell.repair]:
+    """The folder whose `model` is measured: what was made, trained where that is asked for."""
+    if "tune" not in REPAIRS_COMPARED[cell.repair]:
         yield made
         return
     with _temporary(folder):
         inputs = {name: wanted.dense if name == "dense" else made / "model"
-                  for name in STAGES["lora"].needs}
-        _stage(wanted, "lora", recipe, inputs, folder)
+                  for name in STAGES["tune"].needs}
+        _stage(wanted, "tune", recipe, inputs, folder)
         # What an interrupted training would go on from; the next cell is another one.
         shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder

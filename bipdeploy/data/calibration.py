@@ -21,7 +21,7 @@ def calibration_split(source: SourceSection) -> str:
 
 
 def training_split(recipe: Recipe) -> str:
-    return recipe.lora.split or "calibration"
+    return recipe.tune.split or "calibration"
 
 
 def test_split(section: TextSection) -> str:

@@ -135,8 +135,8 @@ def answers(messages: Conversation, tokenizer: Any) -> list[tuple[int, int]]:
         end = len(whole) - len(tail) + sum(1 for _ in alike)
         if (start is None or _MARK not in marked or not whole.endswith(tail)
                 or not (spans[-1][1] if spans else 0) <= start <= end):
-            raise InputError("lora.loss_on: response, and the model's chat template does not tell "
-                             f"where the answers of {_named(messages)} are; set lora.loss_on: all, "
+            raise InputError("tune.loss_on: response, and the model's chat template does not tell "
+                             f"where the answers of {_named(messages)} are; set tune.loss_on: all, "
                              "or leave such rows out")
         spans.append((start, end))
     return spans

@@ -40,7 +40,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         "libraries": {**environment["libraries"],
                       **{library: machine.version_of(library) for library in stage.libraries}},
         "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections
-                     if s != "lora" or recipe.lora.enabled},
+                     if s != "tune" or recipe.tune.enabled},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = fingerprints(recipe)
@@ -49,8 +49,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
                          for own in recipe.evaluate.perplexity.every.values()]
         if recipe.evaluate.zero_shot.enabled:
             parts["tasks"] = tasks.fingerprint(recipe.evaluate.zero_shot.tasks)
-    if "lora" in stage.sections and recipe.lora.enabled:
-        parts["training"] = text.fingerprint(recipe.lora.data, training_split(recipe))
+    if "tune" in stage.sections and recipe.tune.enabled:
+        parts["training"] = text.fingerprint(recipe.tune.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
     if "prune" in stage.sections and (target := recipe.prune.target):
@@ -81,7 +81,7 @@ def plain(value: Any, without: set[str] | None = None) -> Any:
 
 def local_texts(recipe: Recipe) -> list[Path]:
     """The files here that a run reads as text."""
-    named = (*(own.source for own in recipe.calibration.sources.values()), recipe.lora.data,
+    named = (*(own.source for own in recipe.calibration.sources.values()), recipe.tune.data,
              *(own.data for own in recipe.evaluate.perplexity.every.values()))
     return [path for path in (Path(data).expanduser() for data in dict.fromkeys(named))
             if path.is_file()]

@@ -175,7 +175,7 @@ def require_one_process() -> None:
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: bipdeploy was started once "
                          "for every process (by accelerate launch or torchrun); start it once, "
-                         "without these, and set lora.processes")
+                         "without these, and set tune.processes")
 
 
 def _selection(start: str | None, until: str | None) -> list[str]:

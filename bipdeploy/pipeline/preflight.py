@@ -78,13 +78,13 @@ def check_texts(recipe: Recipe) -> None:
     if recipe.evaluate.perplexity.enabled:
         named |= {f"{text_field(name)}.data": own.data
                   for name, own in recipe.evaluate.perplexity.every.items()}
-    if recipe.lora.enabled:
-        named["lora.data"] = recipe.lora.data
+    if recipe.tune.enabled:
+        named["tune.data"] = recipe.tune.data
     listed = [*named.items(), *(("compare.data", data) for data in recipe.compare.data)]
     faults = [f"{name}: {fault}" for name, data in listed if (fault := text.check(data))]
-    lora = recipe.lora
-    if lora.enabled and lora.format == "alpaca" and text.is_running_text(lora.data):
-        faults.append(f"lora.data: {lora.data} has no columns, which lora.format alpaca reads; "
+    tune = recipe.tune
+    if tune.enabled and tune.format == "alpaca" and text.is_running_text(tune.data):
+        faults.append(f"tune.data: {tune.data} has no columns, which tune.format alpaca reads; "
                       "give a .jsonl or .parquet file that has, or alpaca")
     if faults:
         raise InputError("\n".join(faults))

@@ -16,6 +16,7 @@ from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.tune import TuneSection, slice_tokens
 from bipdeploy.running import machine
 
 _OTHER = 2 << 20  # tokenizer, plots, manifests of a stage
@@ -24,13 +25,15 @@ TEST_TOKENS = 300_000  # of a test text whose length the recipe does not say
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the estimates are made from. `stored` and `computed`: bytes of a value."""
+    """What the estimates are made from. `stored` and `computed`: bytes of a value. `gpu`: whether
+    one computes."""
 
     recipe: Recipe
     dense: Architecture
     pruned: Architecture
     stored: int
     computed: int
+    gpu: bool = False
 
     @property
     def weights(self) -> float:
@@ -53,13 +56,14 @@ def sizes(resolved: Resolved, pruned: Architecture) -> Sizes:
     recipe = resolved.recipe
     stored = cost.value_bytes(resolved.config) or 2
     asked = cost.value_bytes({"dtype": recipe.model.dtype})
-    gpu = recipe.model.device != "cpu" and (
+    gpu = recipe.model.device != "cpu" and bool(
         recipe.model.device == "cuda" or recipe.hardware.gpu or machine.hardware()["gpus"])
-    return Sizes(recipe, resolved.architecture, pruned, stored, asked or (stored if gpu else 4))
+    return Sizes(recipe, resolved.architecture, pruned, stored, asked or (stored if gpu else 4),
+                 gpu)
 
 
 def writes(s: Sizes) -> dict[str, float]:
-    """Bytes that each stage writes."""
+    """Bytes that each stage writes, with what it needs on the way."""
     recipe, weights = s.recipe, s.weights
     export = float(_OTHER)  # what `transformers` writes are links
     if recipe.export.vllm.enabled:
@@ -77,7 +81,7 @@ def writes(s: Sizes) -> dict[str, float]:
     rounds = 1 + 2 * (recipe.prune.layers == "searched" and recipe.prune.search.rounds > 1)
     return {"score": 4 * groups + _OTHER, "prune": rounds * weights + _OTHER,
             "recover": weights * (recipe.recover.method != "none") + _OTHER,
-            "lora": weights * recipe.lora.enabled + _OTHER, "export": export,
+            "tune": (weights + _checkpoints(s)) * recipe.tune.enabled + _OTHER, "export": export,
             "evaluate": _OTHER, "bench": _OTHER, "gate": _OTHER, "report": _OTHER}
 
 
@@ -126,26 +130,55 @@ def memory(s: Sizes) -> dict[str, float]:
     logits = 2 * 4 * perplexity.batch * min(longest, arch.max_positions) * arch.vocabulary
     return {"score": scoring, "prune": max(writing, searching),
             "recover": repairing,
-            "lora": _training(s) * recipe.lora.enabled,
+            "tune": _training(s) * recipe.tune.enabled,
             "export": value * s.pruned.parameters() + writing if whole else
             max(2 * block, block + 2 * table) * value,
             "evaluate": value * arch.parameters() + logits, "bench": both + cache,
             "gate": 0.0, "report": 0.0}
 
 
+# Bytes for each weight that is trained: float32, its gradient, and two moments. Beside these the
+# CPU's memory holds the best values yet and, while it is written, a checkpoint.
+_TRAINED, _KEPT = 16, 20
+
+
+def _checkpoints(s: Sizes) -> float:
+    """Bytes on the disk while all weights are trained: they, the best yet and both moments, of the
+    checkpoint that is written and of the one before. Those of adapters are small."""
+    return (2 * _TRAINED * s.pruned.parameters()) * (s.recipe.tune.method == "full")
+
+
 def _training(s: Sizes) -> float:
-    """Peak bytes of training adapters: the whole model, the teacher beside it where there is one,
-    and a pass's activations, kept for every block unless they are computed again; in the end the
-    merged model beside the one with adapters."""
-    lora, arch = s.recipe.lora, s.pruned
-    tokens = -(-lora.batch // (lora.accumulation * lora.processes)) * lora.tokens
-    kept = 1 if lora.gradient_checkpointing else len(arch.blocks)
+    """Peak bytes of one training process: the model with what is trained of it, the teacher beside
+    it where there is one, a slice's logits, and a pass's activations, kept for every block unless
+    they are computed again; in the end the model as written beside the one that was trained."""
+    tune, arch = s.recipe.tune, s.pruned
+    tokens = -(-tune.batch // (tune.accumulation * tune.processes)) * tune.tokens
+    kept = 1 if tune.gradient_checkpointing else len(arch.blocks)
     widest = max(arch.blocks, key=lambda w: w.intermediate)
     block = tokens * s.computed * (6 * arch.hidden + 4 * widest.intermediate
                                    + 4 * widest.heads * arch.head_dim)
-    model, logits = s.computed * arch.parameters(), 3 * 4 * tokens * arch.vocabulary
-    teacher = s.computed * s.dense.parameters() * bool(lora.distillation.weight)
-    return model + logits + max(teacher + block * kept, model)
+    logits = (3 + 2 * (tune.kl > 0)) * 4 * arch.vocabulary * min(
+        tokens, slice_tokens(arch.vocabulary))
+    teacher = s.computed * s.dense.parameters() * tune.taught
+    if tune.distillation.hidden:  # the outputs of all blocks, of either model
+        block += 2 * tokens * s.computed * arch.hidden
+    written = s.computed * arch.parameters()
+    if tune.method == "lora":
+        return written + logits + max(teacher + block * kept, written)
+    # Loaded whole, then split; a copy in the type of the products is made in a pass.
+    trained = _TRAINED * arch.parameters() / tune.processes + written * (s.computed < 4)
+    trained += _KEPT * arch.parameters() * (not s.gpu)
+    return logits + max(trained + teacher + block * kept, 4 * arch.parameters() + written)
+
+
+def _passes(s: Sizes, tune: TuneSection) -> float:
+    """FLOPs of a window of training: a pass forwards and twice as much backwards; of the teacher
+    one forwards."""
+    def of(arch: Architecture) -> float:
+        return cost.flops(arch, tune.tokens).whole(arch.blocks)
+
+    return 3 * of(s.pruned) + of(s.dense) * tune.taught
 
 
 def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]:
@@ -196,11 +229,11 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         phases = roofline(model, value, bench.batch, bench.prompt_tokens, flops, bandwidth)
         timed += (bench.repeats + bench.warmup + bench.memory) * (
             phases["prefill"] + bench.new_tokens * phases["decode"])
-    moved, lora = s.stored * arch.parameters() + s.weights, recipe.lora
+    moved, tune = s.stored * arch.parameters() + s.weights, recipe.tune
     return {"score": roof(scoring, weights), "prune": roof(searching, 2 * moved),
             "recover": roof(repairing, 2 * moved) * (recipe.recover.method != "none"),
-            "lora": roof(lora.steps * lora.batch * 3 * cost.flops(s.pruned, lora.tokens).whole(
-                s.pruned.blocks), lora.steps * weights) * lora.enabled,
+            "tune": roof(tune.steps * tune.batch * _passes(s, tune),
+                         tune.steps * weights) * tune.enabled,
             "export": roof(0, 2 * s.weights),
             "evaluate": roof(read, 2 * weights) * perplexity.enabled,
             "bench": timed * bench.enabled, "gate": None, "report": None}

@@ -29,8 +29,10 @@ class CompareSection(Section):
     repairs: Repairs = Field(
         ["none", "bias", "refit"], description="What is done to the sliced model: `none`, `bias`, "
         "`refit` (with the recipe's ridge), `refit_auto` (ridge auto), `reselect` (refit with "
-        "the groups chosen again), `lora` (as the section `lora` has it, on the sliced model), "
-        "`refit+lora` or `reselect+lora` (on the refitted one).")
+        "the groups chosen again), `lora` (as the section `tune` has it, on the sliced model), "
+        "`refit+lora` or `reselect+lora` (on the refitted one); `distil`, `refit+distil` or "
+        "`reselect+distil`: the same with tune.method full. What is not trained by the recipe's "
+        "own tune.method has the default learning rate and share of KL.")
     also: Annotated[dict[str, list[str]], known(repair_fault)] = Field(
         {}, description="Further repairs of single methods: method → repairs.")
     seeds: list[NonNegativeInt] = Field(

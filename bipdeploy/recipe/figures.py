@@ -13,8 +13,8 @@ from bipdeploy.recipe import tasks
 from bipdeploy.recipe.bench import BenchSection, VllmBench
 from bipdeploy.recipe.evaluate import EvaluateSection, PerplexitySection
 from bipdeploy.recipe.export import ExportSection, OnnxExport
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.prune import PruneSection
+from bipdeploy.recipe.tune import TuneSection
 
 COMPARED = ("dense", "pruned", "ratio")
 TIMED = ("dense", "pruned", "speedup")
@@ -23,7 +23,7 @@ VERSUS_TORCH = "versus_torch"
 # What guessing gets: the mean of one over the number of answers.
 CHANCE = "chance"
 # Validation loss in nats before training and after merging; what rounding did to the logits.
-LORA = ("lora.loss.before", "lora.loss.after", "lora.merge.max_logit_difference")
+TUNE = ("tune.loss.before", "tune.loss.after", "tune.merge.max_logit_difference")
 VLLM_PERCENTILES = (50, 90, 99)
 
 
@@ -33,7 +33,7 @@ class Sections(Protocol):
     @property
     def prune(self) -> PruneSection: ...
     @property
-    def lora(self) -> LoraSection: ...
+    def tune(self) -> TuneSection: ...
     @property
     def export(self) -> ExportSection: ...
     @property
@@ -48,8 +48,8 @@ def expected(recipe: Sections) -> set[str]:
                                            "kv_bytes_per_token") for kind in COMPARED}
     if recipe.prune.target and recipe.prune.target.kind != "parameters":
         names |= {f"prune.target.{kind}" for kind in ("asked", "reached")}
-    if recipe.lora.enabled:
-        names |= set(LORA)
+    if recipe.tune.enabled:
+        names |= set(TUNE)
     if recipe.evaluate.perplexity.enabled:
         for base in perplexity_names(recipe.evaluate.perplexity):
             names |= {f"{base}.{kind}" for kind in COMPARED}

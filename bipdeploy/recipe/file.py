@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bipdeploy.errors import InputError, RecipeError, did_you_mean
+from bipdeploy.recipe import old_names
+from bipdeploy.recipe.old_names import Location
 from bipdeploy.recipe.recipe import Recipe
-
-Location = tuple[str | int, ...]
 
 
 def load(path: Path | str, overrides: list[str] | None = None) -> Recipe:
@@ -53,6 +53,7 @@ def build(data: dict[str, Any], source: str, overrides: list[str] | None = None,
           lines: dict[Location, int] | None = None, faults: list[str] | None = None) -> Recipe:
     """As `parse`, from data that YAML gave. `lines` says where its keys stand."""
     lines, faults = lines or {}, list(faults or [])
+    old_names.rename(data, lines, faults)
     for item in overrides or []:
         _override(data, item, lines)
     try:
@@ -100,10 +101,10 @@ def _override(data: dict, item: str, lines: dict[Location, int]) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"--set {item!r}: the value is not YAML") from error
-    keys = path.strip().split(".")
+    keys = old_names.current(path.strip()).split(".")
     if keys[0] == "gates" and len(keys) > 2:  # the names of figures have dots in them
         bound = [] if isinstance(value, dict) else [keys.pop()]
-        keys = ["gates", ".".join(keys[1:]), *bound]
+        keys = ["gates", old_names.current(".".join(keys[1:])), *bound]
     section = data
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(section.get(key), dict):

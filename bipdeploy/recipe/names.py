@@ -32,11 +32,12 @@ GPUS = ("H200", "H100", "A100", "L40S", "RTX 4090")
 
 # What a comparison or a sweep may ask for besides: LLM-BIP with its propagation; parts that are
 # dropped as far as the ratio allows, uniform widths making up the rest; and repairs with and
-# without training, as values of the recipe's sections `recover` and `lora`.
+# without training, as values of the recipe's sections `recover` and `tune`.
 CRITERIA_COMPARED = (*CRITERIA, *(f"llm_bip:{p}" for p in PROPAGATIONS))
 DEPTH = "depth:"
 LAYERS_COMPARED = (*LAYERS, f"{DEPTH}blocks", f"{DEPTH}attention", f"{DEPTH}ffn")
-_LORA = {"lora": {"enabled": True}}
+_LORA = {"tune": {"enabled": True, "method": "lora"}}
+_FULL = {"tune": {"enabled": True, "method": "full"}}
 _REFIT = {"method": "refit", "refit": {"reselect": False}}
 _RESELECT = {"method": "refit", "refit": {"reselect": True}}
 REPAIRS_COMPARED: dict[str, dict[str, Any]] = {
@@ -48,7 +49,21 @@ REPAIRS_COMPARED: dict[str, dict[str, Any]] = {
     "lora": {"recover": {"method": "none"}, **_LORA},
     "refit+lora": {"recover": _REFIT, **_LORA},
     "reselect+lora": {"recover": _RESELECT, **_LORA},
+    "distil": {"recover": {"method": "none"}, **_FULL},
+    "refit+distil": {"recover": _REFIT, **_FULL},
+    "reselect+distil": {"recover": _RESELECT, **_FULL},
 }
+
+
+def repair_settings(name: str, method: str) -> dict[str, Any]:
+    """The sections' values of a repair, in a recipe whose `tune.method` is `method`. A repair that
+    trains by another has that one's own learning rate and share of KL: the recipe's are not
+    meant for it."""
+    settings = REPAIRS_COMPARED[name]
+    tune = settings.get("tune")
+    if tune is None or tune["method"] == method:
+        return settings
+    return {**settings, "tune": {**tune, "learning_rate": None, "distillation": {"weight": None}}}
 
 
 def gpu_name(name: str) -> str:

@@ -18,12 +18,12 @@ from bipdeploy.recipe.export import ExportSection
 from bipdeploy.recipe.figures import expected
 from bipdeploy.recipe.gates import Bounds
 from bipdeploy.recipe.hardware import HardwareSection
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recover import RecoverSection
 from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.recipe.sweep import SweepSection
+from bipdeploy.recipe.tune import TuneSection
 
 
 class Recipe(Section):
@@ -32,14 +32,14 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
                       description="Names the run's folder under runs/.")
     seed: int = Field(0, ge=0, description="Draws the calibration windows, random scores, and "
-                      "what LoRA holds back, starts from and reads next.")
+                      "what training holds back, starts from and reads next.")
     model: ModelSection
     hardware: HardwareSection = Field(default_factory=HardwareSection)
     calibration: CalibrationSection = Field(default_factory=CalibrationSection)
     score: ScoreSection = Field(default_factory=ScoreSection)
     prune: PruneSection
     recover: RecoverSection = Field(default_factory=RecoverSection)
-    lora: LoraSection = Field(default_factory=LoraSection)
+    tune: TuneSection = Field(default_factory=TuneSection)
     export: ExportSection = Field(default_factory=ExportSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     bench: BenchSection = Field(default_factory=BenchSection)

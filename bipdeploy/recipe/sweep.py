@@ -39,7 +39,7 @@ class SweepSection(Section):
     layers: Spreads = Field(
         [], description="Layers as in compare.layers; each replaces prune.depth too.")
     repairs: Repairs = Field(
-        [], description="Repairs as in compare.repairs; without lora, where they do not name it.")
+        [], description="Repairs as in compare.repairs; without training, where they name none.")
     fields: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="Any other fields: section.field → values, such as `recover.refit.ridge: "
         "[0.01, 0.1]`.")

@@ -175,7 +175,7 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
     figures = artifacts.figures(list(folders.values()))
     details = {name: _optional(folders.get(stage), file) for name, stage, file in (
         ("scores", "score", "scores.json"), ("kept", "prune", "kept.json"),
-        ("recover", "recover", "recover.json"), ("lora", "lora", "lora.json"),
+        ("recover", "recover", "recover.json"), ("tune", "tune", "tune.json"),
         ("export", "export", "export.json"),
         ("evaluate", "evaluate", "evaluate.json"), ("bench", "bench", "bench.json"),
         ("gates", "gate", "gates.json"))}
@@ -185,20 +185,22 @@ def collect(folders: Mapping[str, Path]) -> dict[str, Any]:
     portability = table(of_export(details["export"])) if details["export"] else []
     return {"figures": figures, "rows": rows(figures, spread),
             "vllm_rows": vllm_rows(figures, spread), "portability": portability,
-            "lora_said": lora_said(details["lora"]), **details}
+            "tune_said": tune_said(details["tune"]), **details}
 
 
-def lora_said(record: Mapping[str, Any] | None) -> str | None:
-    """One sentence about the training, from `lora.json`; None where none was asked for."""
+def tune_said(record: Mapping[str, Any] | None) -> str | None:
+    """One sentence about the training, from `tune.json`; None where none was asked for."""
     if not (record and record["enabled"]):
         return None
     data, loss = record["data"], record["loss"]
     kept = (f"best at step {record['best_step']}" if record["best_step"]
             else "no step was better, so the model is as it was")
     early = ", stopped early" if record["stopped_early"] else ""
-    return (f"LoRA: {record['steps']} steps{early}, {record['tokens']:,} tokens of {data['data']} "
-            f"({data['split']}); validation loss {loss['before']:.3f} to {loss['after']:.3f} nats, "
-            f"{kept}; merging moved no logit by more than "
+    method, written = (("LoRA", "merging") if record["method"] == "lora" else
+                       ("All weights trained", "writing"))
+    return (f"{method}: {record['steps']} steps{early}, {record['tokens']:,} tokens of "
+            f"{data['data']} ({data['split']}); validation loss {loss['before']:.3f} to "
+            f"{loss['after']:.3f} nats, {kept}; {written} moved no logit by more than "
             f"{record['largest_logit_difference']:.2g}")
 
 

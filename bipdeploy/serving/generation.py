@@ -64,7 +64,7 @@ def pair(path: str) -> tuple[Path, Path]:
 def artefact(path: str) -> Path:
     """The model to generate from: of a run the exported one, else what the path names."""
     folder = Path(path).expanduser()
-    places = (("export/transformers", "export/vllm", "lora/model", "recover/model", "prune/model")
+    places = (("export/transformers", "export/vllm", "tune/model", "recover/model", "prune/model")
               if artifacts.read_run(folder) else ())
     found = next((folder / place for place in places if (folder / place).is_dir()), None)
     return found or sources.model_folder(path)

@@ -23,8 +23,8 @@ from bipdeploy.planning.resolved import Resolved
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.evaluate import text_field
 from bipdeploy.recipe.figures import VERSUS_TORCH, compared, text_suffix
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.tuning.data import ALPACA_COLUMNS
 
 OVERLAP_LIMIT = 0.01  # share of 13-grams; a few stock phrases recur in any two texts
@@ -167,21 +167,21 @@ def window_tokens(window: int | str, max_positions: int) -> int:
 
 def check_overlap(recipe: Recipe, test: text.Text) -> dict[str, float]:
     """Share of the test text that the recipe's other texts also hold: `calibration`, all of its
-    sources together, and `lora` where adapters are trained."""
+    sources together, and `tune` where the model is trained."""
     sources = recipe.calibration.sources.values()
     same = any((own.source, calibration_split(own)) == (test.name, test.split) for own in sources)
     found = {"calibration": 1.0 if same else windows.overlap(calibration_texts(recipe), test)}
-    if recipe.lora.enabled:
-        found["lora"] = _held_by_training(recipe.lora, training_split(recipe), test)
+    if recipe.tune.enabled:
+        found["tune"] = _held_by_training(recipe.tune, training_split(recipe), test)
     return found
 
 
-def _held_by_training(section: LoraSection, split: str, test: text.Text) -> float:
+def _held_by_training(section: TuneSection, split: str, test: text.Text) -> float:
     if (section.data, split) == (test.name, test.split):
         return 1.0
     if section.format == "alpaca":
-        rows = text.records(section.data, split, ALPACA_COLUMNS, "lora").rows
+        rows = text.records(section.data, split, ALPACA_COLUMNS, "tune").rows
         other = text.Text(section.data, split, tuple(" ".join(row.values()) for row in rows))
     else:
-        other = text.read(section.data, split, section.field, "lora")
+        other = text.read(section.data, split, section.field, "tune")
     return windows.overlap([other], test)

@@ -49,9 +49,9 @@ def _score(resolved: Resolved) -> None:
     _positions("calibration.tokens", resolved.recipe.calibration.tokens, resolved)
 
 
-def _lora(resolved: Resolved) -> None:
-    if resolved.recipe.lora.enabled:
-        _positions("lora.tokens", resolved.recipe.lora.tokens, resolved)
+def _tune(resolved: Resolved) -> None:
+    if resolved.recipe.tune.enabled:
+        _positions("tune.tokens", resolved.recipe.tune.tokens, resolved)
 
 
 def _evaluate(resolved: Resolved) -> None:
@@ -76,29 +76,29 @@ STAGES: dict[str, Stage] = by_name(
           smaller=f"{_WALKS}; with layers: searched, lower prune.search.windows"),
     Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
-    Stage("lora", ("dense", "repaired"), _lora, "bipdeploy.stages.lora:run",
-          ("lora", "model", "seed"), libraries=_PEFT, rehearsal="bipdeploy.stages.lora:rehearse",
-          smaller="raise lora.accumulation, lower lora.tokens, or set "
-          "lora.gradient_checkpointing: true"),
+    Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",
+          ("tune", "model", "seed"), libraries=_PEFT, rehearsal="bipdeploy.stages.tune:rehearse",
+          smaller="raise tune.accumulation, lower tune.tokens, set "
+          "tune.gradient_checkpointing: true; with method: full, raise tune.processes"),
     Stage("export", ("pruned", "prune"), None, "bipdeploy.stages.export:run",
-          ("export", "model", "hardware", "name", "score", "prune", "recover", "lora", "seed"),
+          ("export", "model", "hardware", "name", "score", "prune", "recover", "tune", "seed"),
           libraries=_VLLM + _ONNX, smaller="switch off export.onnx or export.vllm, whose checks "
           "load the model whole"),
     Stage("evaluate", ("dense", "exported", "export"), _evaluate, "bipdeploy.stages.evaluate:run",
-          ("evaluate", "model", "calibration", "lora"), libraries=_ONNX + _LM_EVAL,
+          ("evaluate", "model", "calibration", "tune"), libraries=_ONNX + _LM_EVAL,
           rehearsal="bipdeploy.stages.evaluate:rehearse",
           smaller="lower evaluate.perplexity.batch, its windows or evaluate.zero_shot.batch"),
     Stage("bench", ("dense", "exported", "served", "export"), None, "bipdeploy.stages.bench:run",
           ("bench", "model", "hardware"), timed=True, libraries=_VLLM + _ONNX,
           smaller="lower bench.torch.batch, or bench.onnx.batch where it is enabled"),
-    Stage("gate", ("prune", "recover", "lora", "export", "evaluate", "bench"), None,
+    Stage("gate", ("prune", "recover", "tune", "export", "evaluate", "bench"), None,
           "bipdeploy.stages.gate:run", ("gates",)),
-    Stage("report", ("score", "prune", "recover", "lora", "export", "evaluate", "bench", "gate"),
+    Stage("report", ("score", "prune", "recover", "tune", "export", "evaluate", "bench", "gate"),
           None, "bipdeploy.stages.report:run", tuple(Recipe.model_fields)),
 )
 
 _REPAIRED = ("recover/model", "prune/model")
-_PRUNED = ("lora/model", *_REPAIRED)
+_PRUNED = ("tune/model", *_REPAIRED)
 
 # Artefacts that are models: where they are below the run, the first that exists.
 ARTEFACTS: dict[str, tuple[str, ...]] = {

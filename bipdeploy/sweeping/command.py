@@ -120,7 +120,7 @@ def _task(recipe: Recipe, trial: Trial, out: Path) -> Task:
 def _record_behind(out: Path, trial: Trial, loss: float, windows: int) -> None:
     """The record of a trial that Ray stopped: it could not write one itself."""
     ratio = math.exp(min(loss, 700.0))
-    last = "lora" if trial.recipe.lora.enabled else "recover"
+    last = "tune" if trial.recipe.tune.enabled else "recover"
     running.write(out / TRIALS / trial.name, {
         "key": trial.key, "state": "stopped", "rule": "median", "after": last, "ratio": ratio,
         "why": _BEHIND.format(ratio=ratio), "rough": {"repaired": ratio},

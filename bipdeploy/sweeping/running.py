@@ -22,12 +22,12 @@ from bipdeploy.sweeping import sharing
 
 TRIALS, RECORD = "trials", "trial.json"
 # Stages whose folders may be the same in several trials: no name goes into their keys.
-_SHARED = ("score", "prune", "recover", "lora")
+_SHARED = ("score", "prune", "recover", "tune")
 # What a rough figure is of, in order; only the last says what a trial will be.
 POINTS = {"prune": 1, "recover": 2, "repaired": 3}
 # Where the model lies after a stage: the artefact that the next one reads.
-_MADE = {"prune": ("recover", "sliced"), "recover": ("lora", "repaired"),
-         "lora": ("export", "pruned")}
+_MADE = {"prune": ("recover", "sliced"), "recover": ("tune", "repaired"),
+         "tune": ("export", "pruned")}
 
 # Is told the number of a point, and ln(perplexity / dense) there.
 Told = Callable[[int, float], None]
@@ -100,7 +100,7 @@ def _run(task: Task, told: Told, rough: dict[str, float]) -> dict[str, Any]:
     for name in _SHARED:
         with sharing.once(name, keys[name], task.folder):
             pipeline.run(recipe, runs, until=name, reporting=sharing.turn)
-        point = "repaired" if name == ("lora" if recipe.lora.enabled else "recover") else name
+        point = "repaired" if name == ("tune" if recipe.tune.enabled else "recover") else name
         if point in POINTS:
             loss = _loss(task, resolved, keys, name)
             rough[point] = math.exp(min(loss, 700.0))

@@ -24,7 +24,7 @@ from bipdeploy.planning.resolved import Resolved, resolve
 from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.methods import Method, method
-from bipdeploy.recipe.names import REPAIRS_COMPARED
+from bipdeploy.recipe.names import repair_settings
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import STAGES
@@ -179,8 +179,8 @@ def _settings(recipe: Recipe, arch: Architecture, choice: Choice) -> dict[str, A
         found["prune.layers"] = "uniform" if part else choice["layers"]
         found["prune.depth"] = {part: droppable(arch, recipe.prune, part, ratio)} if part else {}
     if "repairs" in choice:
-        found |= ({"lora.enabled": False} if recipe.lora.enabled else {}) | _flat(
-            REPAIRS_COMPARED[choice["repairs"]])
+        found |= ({"tune.enabled": False} if recipe.tune.enabled else {}) | _flat(
+            repair_settings(choice["repairs"], recipe.tune.method))
     for name in recipe.sweep.fields:
         twice = [f for f in found if f"{f}.".startswith(f"{name}.")
                  or f"{name}.".startswith(f"{f}.")]

@@ -1,1 +1,2 @@
-"""LoRA: windows, losses, the training loop, its checkpoints, several processes, merging."""
+"""Training of adapters or of all weights: windows, losses, the loop, its checkpoints, several
+processes, what is written."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from bipdeploy.errors import InputError
 from bipdeploy.model import loading
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.recipe.lora import LoraSection
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.tuning.data import derived_seed
 
 _WRAPPED = "base_model.model."  # what peft puts before the names of a model's own modules
 
 
-def adapted(folder: Path, section: LoraSection, dtype: torch.dtype, device: torch.device,
+def adapted(folder: Path, section: TuneSection, dtype: torch.dtype, device: torch.device,
             seed: int, *, trust_remote_code: bool = False) -> Any:
     """A frozen model with new adapters, a `peft.PeftModel`: A is drawn by `seed`, B is zero."""
     from peft import LoraConfig, get_peft_model
@@ -25,25 +25,13 @@ def adapted(folder: Path, section: LoraSection, dtype: torch.dtype, device: torc
     model = loading.load_model(folder, dtype, device, trust_remote_code=trust_remote_code)
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if not found & set(section.target_modules):
-        raise InputError(f"lora.target_modules: {folder} has none of "
+        raise InputError(f"tune.target_modules: {folder} has none of "
                          f"{', '.join(section.target_modules)} left; name others")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derived_seed(seed, "adapters"))
         return get_peft_model(model, LoraConfig(
             task_type="CAUSAL_LM", r=section.rank, lora_alpha=section.alpha,  # type: ignore[arg-type]
             lora_dropout=section.dropout, target_modules=list(section.target_modules)))
-
-
-def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The adapters' parameters by name; nothing else is trained."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load(model: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Give the adapters these values. Raises KeyError where one is missing."""
-    with torch.no_grad():
-        for name, parameter in parameters(model).items():
-            parameter.copy_(values[name])
 
 
 def merge(source: Checkpoint, model: Any, out: Path,

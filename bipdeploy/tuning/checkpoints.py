@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ STATE = "state.json"
 class State:
     """After `step` optimiser steps. history: validation loss in nats by step, in order.
 
-    Tensors go by the names of the adapters' parameters; `first` and `second` are AdamW's moments
-    (absent before the first step), `best` the adapters of the lowest validation loss.
+    Tensors go by the names of the parameters that are trained: `values` are theirs, `first` and
+    `second` AdamW's moments (absent before the first step), `best` the values of the lowest
+    validation loss.
     """
 
-    adapter: dict[str, torch.Tensor]
+    values: dict[str, torch.Tensor]
     best: dict[str, torch.Tensor]
     first: dict[str, torch.Tensor] = field(default_factory=dict)
     second: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class State:
         return sum(step > self.best_step for step, _ in self.history) >= patience
 
 
-_PARTS = ("adapter", "best", "first", "second")
+_PARTS = ("values", "best", "first", "second")
 
 
 def save(folder: Path, identity: str, state: State) -> None:
@@ -66,8 +68,8 @@ def save(folder: Path, identity: str, state: State) -> None:
             other.unlink()
 
 
-def load(folder: Path) -> State | None:
-    """The state that was saved last; None where there is none."""
+def load(folder: Path, wanted: Sequence[str] = _PARTS) -> State | None:
+    """The state that was saved last, with the `wanted` of its tensors; None where there is none."""
     record = _record(folder)
     if record is None:
         return None
@@ -75,7 +77,8 @@ def load(folder: Path) -> State | None:
     with opened(folder / record["tensors"]) as file:
         for key in file.keys():
             part, _, name = key.partition("/")
-            parts[part][name] = file.get_tensor(key)
+            if part in wanted:
+                parts[part][name] = file.get_tensor(key)
     history = [(int(step), float(loss)) for step, loss in record["history"]]
     return State(**parts, step=record["step"], history=history, tokens=record["tokens"],
                  seconds=record["seconds"])

@@ -32,13 +32,13 @@ def require_devices(processes: int, device: torch.device) -> None:
     import torch
 
     if device.type == "cuda" and processes > torch.cuda.device_count():
-        raise InputError(f"lora.processes: {processes} were asked for, and PyTorch finds "
+        raise InputError(f"tune.processes: {processes} were asked for, and PyTorch finds "
                          f"{torch.cuda.device_count()} CUDA GPUs; every process takes one, so "
                          "lower it")
 
 
 def train(task: Task, device: torch.device, reporter: Reporter) -> State:
-    """As `training.train`, in `lora.processes` processes; what they write is the checkpoint."""
+    """As `training.train`, in `tune.processes` processes; what they write is the checkpoint."""
     from safetensors.torch import save_file
 
     from bipdeploy.tuning import checkpoints
@@ -57,7 +57,7 @@ def train(task: Task, device: torch.device, reporter: Reporter) -> State:
         _run([sys.executable, "-m", "torch.distributed.run", "--standalone",
               f"--nproc-per-node={task.section.processes}", "-m", "bipdeploy.tuning.worker",
               str(folder)], folder / LOG, reporter)
-    state = checkpoints.load(task.checkpoint)
+    state = checkpoints.load(task.checkpoint, ["best"])
     assert state is not None  # the workers end well only after they wrote it
     return state
 

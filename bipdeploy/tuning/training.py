@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,24 @@ import torch
 
 from bipdeploy.errors import StageError
 from bipdeploy.model import loading
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.running.reporter import Reporter
-from bipdeploy.tuning import adapters, checkpoints, losses
+from bipdeploy.tuning import checkpoints, sharding, students
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import IGNORED, Windows, derived_seed, rows_of_step
+from bipdeploy.tuning.students import Objective
 
 
 @dataclass(frozen=True)
 class Task:
     """All that the result depends on, and `checkpoint`, the folder that survives a kill.
 
-    `student` is the model that gets adapters, `dense` the teacher (read where distillation asks
+    `student` is the model that is trained, `dense` the teacher (read where distillation asks
     for one). `identity` is a digest of all this.
     """
 
-    section: LoraSection
+    section: TuneSection
     model: ModelSection
     seed: int
     student: Path
@@ -41,18 +42,18 @@ class Task:
     identity: str
 
 
-def compute_type(section: LoraSection, device: torch.device) -> torch.dtype:
-    """The type of frozen weights and products; see `lora.dtype`."""
+def compute_type(section: TuneSection, device: torch.device) -> torch.dtype:
+    """The type of frozen weights and products; see `tune.dtype`."""
     if section.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, section.dtype)
 
 
-def learning_rates(section: LoraSection) -> list[float]:
+def learning_rates(section: TuneSection) -> list[float]:
     """The learning rate of every step, by transformers' schedule of that name."""
     from transformers import get_scheduler
 
-    stepped = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=section.learning_rate)
+    stepped = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=section.rate)
     schedule = get_scheduler(
         "constant_with_warmup" if section.schedule == "constant" else section.schedule, stepped,
         num_warmup_steps=round(section.warmup * section.steps), num_training_steps=section.steps)
@@ -64,22 +65,9 @@ def learning_rates(section: LoraSection) -> list[float]:
     return rates
 
 
-@torch.no_grad()
-def validate(model: Any, windows: Windows, batch: int, device: torch.device) -> torch.Tensor:
-    """[sum of -log p in nats, predicted tokens] over windows, in float64 on the CPU."""
-    total = torch.zeros(2, dtype=torch.float64)
-    model.eval()
-    for start in range(0, len(windows), batch):
-        ids, labels = windows.ids[start:start + batch], windows.labels[start:start + batch]
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
-        total[0] += float(losses.cross_entropy(logits, labels.to(device)))
-        total[1] += int((labels[:, 1:] != IGNORED).sum())
-    return total
-
-
 def train(task: Task, device: torch.device, reporter: Reporter,
           check: Callable[[], None] = lambda: None) -> State:
-    """Train adapters and return the state at the end, whose `best` is what to merge.
+    """Train and return the state at the end, whose `best` is what to write.
 
     Goes on from the checkpoint where there is one. `check` is called before every step.
     """
@@ -93,7 +81,7 @@ def train(task: Task, device: torch.device, reporter: Reporter,
 
 
 class Trainer:
-    """A model with adapters, its optimiser and, for distillation, its teacher, on one device."""
+    """A model, the optimiser of what is trained of it and, for distillation, its teacher."""
 
     def __init__(self, task: Task, device: torch.device):
         from accelerate import Accelerator
@@ -106,33 +94,42 @@ class Trainer:
             mixed_precision="bf16" if dtype == torch.bfloat16 else "no")
         self.device = self.accelerator.device
         code = task.model.trust_remote_code
-        self.model = adapters.adapted(task.student, self.section, dtype, self.device, task.seed,
+        self.model = students.student(task.student, self.section, dtype, self.device, task.seed,
                                       trust_remote_code=code)
-        self.teacher = None
-        if self.section.distillation.weight > 0:
-            self.teacher = loading.load_model(task.dense, dtype, self.device,
-                                              trust_remote_code=code).requires_grad_(False)
+        teacher = None
+        if self.section.taught:
+            teacher = loading.load_model(task.dense, dtype, self.device,
+                                         trust_remote_code=code).requires_grad_(False)
         if self.section.gradient_checkpointing:
-            self.model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.parameters = adapters.parameters(self.model)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.section.learning_rate,
-                                           weight_decay=self.section.weight_decay)
+            students.plain(self.model).gradient_checkpointing_enable({"use_reentrant": False})
         self.rates = learning_rates(self.section)
-        self.state = self._start()
-        # Frozen weights need no gradients' buckets; several processes average those of adapters.
-        self.prepared: Any = self.accelerator.prepare_model(self.model)
-
-    def _start(self) -> State:
-        state = checkpoints.load(self.task.checkpoint)
-        if state is None:
-            return State(self._values(), self._values())
-        adapters.load(self.model, state.adapter)
-        for name, parameter in self.parameters.items() if state.first else ():
+        state = checkpoints.load(task.checkpoint)
+        if state:
+            students.load(self.model, state.values)
+        self.objective = Objective(self.model, teacher, self.section)
+        self.prepared: Any = self._spread(dtype)
+        self.parameters = students.parameters(self.model)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [p for p in self.parameters.values() if (p.ndim > 1) == matrices],
+              "weight_decay": self.section.weight_decay * matrices} for matrices in (True, False)],
+            lr=self.section.rate)
+        self.state = state or State({}, self._values(self.parameters))
+        for name, parameter in self.parameters.items() if self.state.first else ():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": state.first[name].to(self.device),
-                "exp_avg_sq": state.second[name].to(self.device)}
-        return state
+                "step": torch.tensor(float(self.state.step)),
+                "exp_avg": sharding.like(parameter, self.state.first[name]),
+                "exp_avg_sq": sharding.like(parameter, self.state.second[name])}
+        # What the model and the optimiser hold now need not be held twice.
+        self.state.values, self.state.first, self.state.second = {}, {}, {}
+
+    def _spread(self, dtype: torch.dtype) -> Any:
+        """The objective as several processes compute it together: of adapters each has all, of
+        all weights a part."""
+        if self.section.method == "full" and self.accelerator.num_processes > 1:
+            sharding.shard(self.objective, students.blocks(self.model), dtype, self.device)
+            return self.objective
+        # Frozen weights need no gradients' buckets; several processes average those of the rest.
+        return self.accelerator.prepare_model(self.objective)
 
     def end(self) -> None:
         """Leave nothing behind for what uses accelerate next in this process."""
@@ -177,16 +174,16 @@ class Trainer:
             self.state.step, section.batch, len(self.task.training), self.task.seed))
         share = section.batch // accelerator.num_processes
         first = accelerator.process_index * share
-        if section.dropout:
+        if section.dropout and section.method == "lora":
             torch.manual_seed(derived_seed(self.task.seed, "dropout", self.state.step,
                                            accelerator.process_index))
-        self.prepared.train()
+        self.model.train()
         for start in range(first, first + share, self._part):
             rows = slice(start, start + self._part)
             last = start + self._part >= first + share
             with nullcontext() if last else accelerator.no_sync(self.prepared):
-                loss = self._loss(batch.ids[rows].to(self.device),
-                                  batch.labels[rows].to(self.device))
+                loss = self.prepared(batch.ids[rows].to(self.device),
+                                     batch.labels[rows].to(self.device))
                 # Gradients are averaged over processes, and are meant to be summed.
                 accelerator.backward(loss * accelerator.num_processes / batch.predicted)
         if section.clip:
@@ -197,43 +194,58 @@ class Trainer:
         self.optimizer.zero_grad()
         self.state.tokens += batch.predicted
 
-    def _loss(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        teacher = None
-        if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher = self.teacher(input_ids=ids, use_cache=False).logits
-        logits = self.prepared(input_ids=ids, use_cache=False).logits
-        distillation = self.section.distillation
-        return losses.mixed(logits, teacher, labels, distillation.weight, distillation.temperature)
-
+    @torch.no_grad()
     def _evaluate(self) -> None:
-        """Validation loss of the adapters as they are; keeps them where it is the lowest yet."""
+        """Validation loss of what is trained as it is; keeps it where it is the lowest yet."""
         accelerator, windows = self.accelerator, self.task.validation
-        mine = windows.take(torch.arange(accelerator.process_index, len(windows),
-                                         accelerator.num_processes))
-        total = validate(self.model, mine, self._part, self.device)
+        mine = _shared_out(windows, accelerator.process_index, accelerator.num_processes)
+        total = torch.zeros(2, dtype=torch.float64)  # of -log p in nats; predicted tokens
+        self.model.eval()
+        for start in range(0, len(mine), self._part):
+            rows = slice(start, start + self._part)
+            total[0] += float(self.objective(mine.ids[rows].to(self.device),
+                                             mine.labels[rows].to(self.device), judging=True))
+            total[1] += int((mine.labels[rows, 1:] != IGNORED).sum())
         if accelerator.num_processes > 1:
             # Sums of float64 on the device: every process comes to the same verdict.
             total = accelerator.reduce(total.to(self.device), "sum").cpu()
         loss = float(total[0] / total[1])
         if not math.isfinite(loss):
             raise StageError(f"training diverged: the validation loss is {loss} after step "
-                             f"{self.state.step}; lower lora.learning_rate")
+                             f"{self.state.step}; lower tune.learning_rate")
         self.state.history.append((self.state.step, loss))
         if self.state.best_step == self.state.step:
-            self.state.best = self._values()
+            self.state.best = self._values(self.parameters)
 
-    def _values(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+    def _values(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies on the CPU, whole, in the first process; all must ask for them together."""
+        found = {}
+        for name, tensor in tensors.items():
+            value = sharding.whole(tensor.detach())
+            if self.accelerator.is_main_process:
+                found[name] = value.to("cpu", copy=True)
+        return found
 
     def _save(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        self.state.adapter = self._values()
-        moments = {name: self.optimizer.state.get(p, {}) for name, p in self.parameters.items()}
-        self.state.first = {n: m["exp_avg"].cpu() for n, m in moments.items() if m}
-        self.state.second = {n: m["exp_avg_sq"].cpu() for n, m in moments.items() if m}
-        checkpoints.save(self.task.checkpoint, self.task.identity, self.state)
+        held = {part: {name: self.optimizer.state[p][part] for name, p in self.parameters.items()
+                       if p in self.optimizer.state} for part in ("exp_avg", "exp_avg_sq")}
+        state = replace(self.state, values=self._values(self.parameters),
+                        first=self._values(held["exp_avg"]),
+                        second=self._values(held["exp_avg_sq"]))
+        if self.accelerator.is_main_process:
+            checkpoints.save(self.task.checkpoint, self.task.identity, state)
+
+
+def _shared_out(windows: Windows, process: int, processes: int) -> Windows:
+    """The windows of one process, of all as many: together they compute, so together they end.
+    Where there are too few, the last is one in which nothing counts."""
+    rows = torch.arange(process, len(windows), processes)
+    mine = windows.take(rows)
+    if len(rows) == -(-len(windows) // processes):
+        return mine
+    filler = windows.take(torch.tensor([0]))
+    return Windows(torch.cat([mine.ids, filler.ids]),
+                   torch.cat([mine.labels, torch.full_like(filler.labels, IGNORED)]))
 
 
 def _forget_accelerator() -> None:

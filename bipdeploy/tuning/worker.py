@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from bipdeploy.errors import BipdeployError
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.tune import TuneSection
 from bipdeploy.running import artifacts, machine, reporter
 from bipdeploy.tuning import training
 from bipdeploy.tuning.data import Windows
@@ -48,7 +48,7 @@ def main(folder: Path) -> int:
     windows = {name: Windows(held[f"{name}.ids"], held[f"{name}.labels"])
                for name in ("training", "validation")}
     task = training.Task(
-        LoraSection.model_validate(spec["section"]), ModelSection.model_validate(spec["model"]),
+        TuneSection.model_validate(spec["section"]), ModelSection.model_validate(spec["model"]),
         spec["seed"], Path(spec["student"]), Path(spec["dense"]), windows["training"],
         windows["validation"], Path(spec["checkpoint"]), spec["identity"])
     first = os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""Stage `lora`: train low-rank adapters on the repaired model, merge them, prove the merge."""
+"""Stage `tune`: train the repaired model, write what came of it, prove what was written."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from bipdeploy.model.blocks import compute_device, release_memory
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
-from bipdeploy.recipe.lora import LoraSection
 from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.tune import TuneSection, slice_tokens
 from bipdeploy.running import artifacts, machine
-from bipdeploy.tuning import adapters, checkpoints, data, launch, training
+from bipdeploy.tuning import checkpoints, data, launch, students, training
 from bipdeploy.tuning.checkpoints import State
 from bipdeploy.tuning.data import Document, Windows
-from bipdeploy.tuning.losses import cross_entropy
+from bipdeploy.tuning.losses import cross_entropy, predicted, predicting
 from bipdeploy.tuning.training import Task
 
 LOST_LIMIT = 0.05  # share of documents none of whose tokens counts, above which it is said
-MERGE_TOLERANCE = 0.02  # nats: what rounding merged weights to 16 bits may cost
+MERGE_TOLERANCE = 0.02  # nats: what rounding trained weights to 16 bits may cost
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate")
 
 
 def run(job: Job) -> None:
-    """Write `model/` (adapters merged), `lora.json` and the figures; with `keep_adapter` also
-    `adapter/`. Where the section is not enabled, only `lora.json`."""
-    recipe, section = job.recipe, job.recipe.lora
+    """Write `model/`, `tune.json` and the figures; with `keep_adapter` also `adapter/`. Where the
+    section is not enabled, only `tune.json`."""
+    recipe, section = job.recipe, job.recipe.tune
     if not section.enabled:
         job.reporter.total(1)
-        job.write("lora.json", {"enabled": False})
+        job.write("tune.json", {"enabled": False})
         return
     device = compute_device(recipe.model)
     launch.require_devices(section.processes, device)
     source = Checkpoint(job.inputs["repaired"])
     limit = source.architecture.max_positions
     if section.tokens > limit:
-        raise InputError(f"lora.tokens: {section.tokens} is longer than the model's maximum of "
+        raise InputError(f"tune.tokens: {section.tokens} is longer than the model's maximum of "
                          f"{limit}; lower it")
     task, provenance = prepare(job)
     fault = checkpoints.fault(task.checkpoint, task.identity)
@@ -61,8 +61,9 @@ def run(job: Job) -> None:
     figures = finish(job, source, task, state, device)
     if state.best_step == 0:
         job.reporter.note("no step lowered the validation loss: the model is left as it was")
-    job.write("lora.json", {
-        "enabled": True, "data": provenance, "best_step": state.best_step, "steps": state.step,
+    job.write("tune.json", {
+        "enabled": True, "method": section.method, "data": provenance,
+        "best_step": state.best_step, "steps": state.step,
         "stopped_early": state.step < section.steps, "tokens": state.tokens,
         "epochs": state.step * section.batch / len(task.training),
         "seconds": round(state.seconds, 3), "processes": section.processes,
@@ -70,28 +71,28 @@ def run(job: Job) -> None:
         "trained_parameters": sum(t.numel() for t in state.best.values()),
         "history": [{"step": step, "loss": loss} for step, loss in state.history],
         "loss": {"before": state.history[0][1],
-                 "adapters": min(loss for _, loss in state.history),
-                 "after": figures["lora.loss.after"]},
-        "largest_logit_difference": figures["lora.merge.max_logit_difference"]})
+                 "best": min(loss for _, loss in state.history),
+                 "after": figures["tune.loss.after"]},
+        "largest_logit_difference": figures["tune.merge.max_logit_difference"]})
     job.write_figures(figures)
 
 
 def rehearse(resolved: Resolved) -> None:
     """Refuse, before the stages that come first, what training could not start with."""
     recipe = resolved.recipe
-    if recipe.lora.enabled:
+    if recipe.tune.enabled:
         assert resolved.folder is not None
-        launch.require_devices(recipe.lora.processes, compute_device(recipe.model))
+        launch.require_devices(recipe.tune.processes, compute_device(recipe.model))
         read_windows(recipe, resolved.folder)
 
 
 def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
     """The task, its text read and cut, and where that came from."""
-    recipe, section = job.recipe, job.recipe.lora
+    recipe, section = job.recipe, job.recipe.tune
     windows, provenance = read_windows(recipe, job.inputs["dense"])
     if windows.lost > LOST_LIMIT * windows.documents:
-        job.reporter.note(f"{_lost(windows)}: they are not trained on; raise lora.tokens"
-                          + ("" if section.packing else " or set lora.packing: true"))
+        job.reporter.note(f"{_lost(windows)}: they are not trained on; raise tune.tokens"
+                          + ("" if section.packing else " or set tune.packing: true"))
     training_windows, held = data.hold_back(windows, section.validation.windows, recipe.seed)
     provenance |= {"windows": [len(windows), section.tokens], "held_back": len(held),
                    "tokens_left_out": windows.cut, "seed": recipe.seed}
@@ -100,7 +101,7 @@ def prepare(job: Job) -> tuple[Task, dict[str, Any]]:
         "section": section.model_dump(mode="json", exclude={"checkpoint_every", "keep_adapter"}),
         "model": recipe.model.model_dump(mode="json"), "seed": recipe.seed,
         "student": sources.fingerprint(job.inputs["repaired"]),
-        "dense": sources.fingerprint(job.inputs["dense"]) if section.distillation.weight else "",
+        "dense": sources.fingerprint(job.inputs["dense"]) if section.taught else "",
         "text": provenance["text_sha256"], "device": device.type,
         "code": machine.code_version(),
         "libraries": {name: machine.version_of(name) for name in LIBRARIES}})
@@ -115,10 +116,10 @@ def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
     is much larger than what the steps can read only parts are tokenised (see `sampling.parts`).
     Raises InputError where there are too few windows.
     """
-    section, split = recipe.lora, training_split(recipe)
+    section, split = recipe.tune, training_split(recipe)
     source: text.Text | text.Records = (
-        text.records(section.data, split, data.ALPACA_COLUMNS, "lora")
-        if section.format == "alpaca" else text.read(section.data, split, section.field, "lora"))
+        text.records(section.data, split, data.ALPACA_COLUMNS, "tune")
+        if section.format == "alpaca" else text.read(section.data, split, section.field, "tune"))
     tokens = tokenizer(model)
     wanted = section.steps * section.batch + section.validation.windows
     for part in sampling.parts(source, wanted * section.tokens, recipe.seed,
@@ -129,8 +130,8 @@ def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
         if len(windows) >= wanted:
             break
     if len(windows) < section.validation.windows + section.batch:
-        raise InputError(f"lora.data: {section.data} gives {len(windows)} windows of "
-                         f"{section.tokens} tokens, and lora.validation.windows + lora.batch need "
+        raise InputError(f"tune.data: {section.data} gives {len(windows)} windows of "
+                         f"{section.tokens} tokens, and tune.validation.windows + tune.batch need "
                          f"{section.validation.windows} + {section.batch}; "
                          f"{_more_windows(section, documents, windows)}")
     require_known(windows.ids, model)
@@ -142,7 +143,7 @@ def read_windows(recipe: Recipe, model: Path) -> tuple[Windows, dict[str, Any]]:
                      "documents": len(part.sizes()), "documents_lost": windows.lost}
 
 
-def _documents(source: text.Text | text.Records, section: LoraSection, model: Path,
+def _documents(source: text.Text | text.Records, section: TuneSection, model: Path,
                tokens: Any) -> list[Document]:
     """What is put into windows, with the tokens that count."""
     response_only = section.loss_on == "response"
@@ -160,9 +161,9 @@ def _documents(source: text.Text | text.Records, section: LoraSection, model: Pa
         answered = [document for document in found if data.before_answer(document)
                     < len(document.ids)]
         if not answered:
-            raise InputError(f"lora.data: no conversation in {source.name} has a message of the "
-                             "assistant, and lora.loss_on: response trains on these alone; give "
-                             "others, or set lora.loss_on: all")
+            raise InputError(f"tune.data: no conversation in {source.name} has a message of the "
+                             "assistant, and tune.loss_on: response trains on these alone; give "
+                             "others, or set tune.loss_on: all")
         return answered
     if section.packing:
         return [data.plain(token_ids(source, model).tolist())]
@@ -174,27 +175,27 @@ def _conversation(messages: chat.Conversation, said: str, tokens: Any,
     if not response_only:
         return data.plain(tokens(said, add_special_tokens=False, verbose=False)["input_ids"])
     if not tokens.is_fast:
-        raise InputError("lora.loss_on: response, and the model's tokenizer does not tell which of "
-                         "a conversation's tokens are the answers'; set lora.loss_on: all")
+        raise InputError("tune.loss_on: response, and the model's tokenizer does not tell which of "
+                         "a conversation's tokens are the answers'; set tune.loss_on: all")
     found = tokens(said, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return data.answered(found["input_ids"], found["offset_mapping"],
                          chat.answers(messages, tokens))
 
 
-def _more_windows(section: LoraSection, documents: Sequence[Document], windows: Windows) -> str:
+def _more_windows(section: TuneSection, documents: Sequence[Document], windows: Windows) -> str:
     """What to change where a text gives too few windows."""
     if not section.packing and windows.lost:
         longest = max(map(data.before_answer, documents))
-        return (f"{_lost(windows)}: raise lora.tokens (the longest prompt has {longest}) or set "
-                "lora.packing: true")
+        return (f"{_lost(windows)}: raise tune.tokens (the longest prompt has {longest}) or set "
+                "tune.packing: true")
     if windows.empty:
         share = windows.empty / (windows.empty + len(windows))
         return (f"{share:.0%} of all windows hold prompts alone, and {_lost(windows)}: raise "
-                "lora.tokens, so that windows reach the responses, and give more rows or lower "
-                "lora.batch and lora.validation.windows")
+                "tune.tokens, so that windows reach the responses, and give more rows or lower "
+                "tune.batch and tune.validation.windows")
     if not section.packing:
-        return "lower them, set lora.packing: true, or give more documents"
-    return "lower them or lora.tokens, or give a longer text"
+        return "lower them, set tune.packing: true, or give more documents"
+    return "lower them or tune.tokens, or give a longer text"
 
 
 def _lost(windows: Windows) -> str:
@@ -204,32 +205,34 @@ def _lost(windows: Windows) -> str:
 
 def finish(job: Job, source: Checkpoint, task: Task, state: State,
            device: torch.device) -> dict[str, float]:
-    """Merge the best adapters into `model/` and compare it, loaded anew, with the adapted model.
+    """Write the best of what was trained to `model/`, adapters merged, and compare it, loaded anew,
+    with the model that was trained.
 
-    Returns the figures. Raises StageError where merging made the model worse.
+    Returns the figures. Raises StageError where writing made the model worse.
     """
     section = task.section
     dtype, code = training.compute_type(section, device), task.model.trust_remote_code
-    adapted = adapters.adapted(task.student, section, dtype, device, task.seed,
+    trained = students.student(task.student, section, dtype, device, task.seed,
                                trust_remote_code=code)
-    adapters.load(adapted, state.best)
-    adapted.eval()
+    students.load(trained, state.best)
+    trained.eval()
     out = job.out / "model"
-    adapters.merge(source, adapted, out)
+    students.write(source, trained, section, out)
     if section.keep_adapter:
-        adapted.save_pretrained(job.out / "adapter")
-    merged = loading.load_model(out, dtype, device, trust_remote_code=code)
-    batch = section.batch // (section.accumulation * section.processes)
-    difference, before, after = compare(adapted, merged, task.validation, batch, device)
+        trained.save_pretrained(job.out / "adapter")
+    saved = loading.load_model(out, dtype, device, trust_remote_code=code)
+    batch = min(section.batch // (section.accumulation * section.processes),
+                max(1, slice_tokens(source.architecture.vocabulary) // section.tokens))
+    difference, before, after = compare(trained, saved, task.validation, batch, device)
     if not after <= before + MERGE_TOLERANCE:
-        raise StageError(f"the merged model is worse than the model with adapters: validation loss "
+        raise StageError(f"the model as written is worse than as trained: validation loss "
                          f"{after:.4f} against {before:.4f} nats, allowed {MERGE_TOLERANCE:g} more")
-    return {"lora.loss.before": state.history[0][1], "lora.loss.after": after,
-            "lora.merge.max_logit_difference": difference}
+    return {"tune.loss.before": state.history[0][1], "tune.loss.after": after,
+            "tune.merge.max_logit_difference": difference}
 
 
 @torch.no_grad()
-def compare(adapted: Any, merged: Any, windows: Windows, batch: int,
+def compare(trained: Any, saved: Any, windows: Windows, batch: int,
             device: torch.device) -> tuple[float, float, float]:
     """Largest absolute difference of logits, and the mean loss in nats of either model."""
     difference, sums = 0.0, [0.0, 0.0]
@@ -237,13 +240,13 @@ def compare(adapted: Any, merged: Any, windows: Windows, batch: int,
         ids = windows.ids[start:start + batch].to(device)
         labels = windows.labels[start:start + batch].to(device)
         with torch.autocast(device.type, torch.bfloat16,
-                            enabled=merged.dtype == torch.bfloat16):
+                            enabled=saved.dtype == torch.bfloat16):
             first, second = (model(input_ids=ids, use_cache=False).logits.float()
-                             for model in (adapted, merged))
+                             for model in (trained, saved))
         difference = max(difference, float((first - second).abs().max()))
         for place, logits in enumerate((first, second)):
-            sums[place] += float(cross_entropy(logits, labels))
+            sums[place] += float(cross_entropy(predicting(logits, labels), predicted(labels)))
     if not math.isfinite(difference):
-        raise StageError("the logits of the model with adapters or of the merged one are not "
-                         "finite; lower lora.learning_rate, or set lora.dtype: float32")
+        raise StageError("the logits of the model as trained or as written are not finite; "
+                         "lower tune.learning_rate, or set tune.dtype: float32")
     return difference, sums[0] / windows.predicted, sums[1] / windows.predicted
