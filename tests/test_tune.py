@@ -23,6 +23,7 @@ from bipdeploy.pipeline import pipeline
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
 from bipdeploy.running.reporter import Silent
+from bipdeploy.serving import generation
 from bipdeploy.stages.evaluate import check_overlap
 from bipdeploy.stages.tune import read_windows
 from bipdeploy.tuning import launch
@@ -85,7 +86,7 @@ def test_a_run_trains_what_the_repair_left_and_exports_it(again, method):
 
 
 @pytest.mark.slow
-def test_another_step_count_reruns_from_lora_on(again):
+def test_another_step_count_reruns_from_training_on(again):
     first = again(until="tune")
     assert first.ran == ["tune"]
     assert again("tune.steps=2", until="tune").ran == ["tune"]
@@ -97,6 +98,16 @@ def test_another_step_count_reruns_from_lora_on(again):
 def test_a_gate_on_training_that_is_off_is_refused():
     done = bipdeploy_here("check", SMOKE, "--set", "gates.tune.loss.after.max=3")
     assert done.returncode == 2 and "no enabled stage measures 'tune.loss.after'" in done.stderr
+
+
+def test_a_model_that_an_earlier_version_trained_is_not_passed_over(tmp_path):
+    artifacts.write_json(tmp_path / artifacts.MANIFEST, {"recipe": {}})
+    for stage in ("recover", "lora"):
+        (tmp_path / stage / "model").mkdir(parents=True)
+    with pytest.raises(InputError, match="whose stage lora is tune now; run its recipe again"):
+        generation.artefact(str(tmp_path))
+    (tmp_path / "tune").mkdir()
+    assert generation.artefact(str(tmp_path)) == tmp_path / "recover/model"
 
 
 # On plain paths

@@ -62,11 +62,16 @@ def pair(path: str) -> tuple[Path, Path]:
 
 
 def artefact(path: str) -> Path:
-    """The model to generate from: of a run the exported one, else what the path names."""
+    """The model to generate from: of a run the exported one, else what the path names. Raises
+    InputError where a run of an earlier version ended with training."""
     folder = Path(path).expanduser()
     places = (("export/transformers", "export/vllm", "tune/model", "recover/model", "prune/model")
               if artifacts.read_run(folder) else ())
     found = next((folder / place for place in places if (folder / place).is_dir()), None)
+    if found in (folder / "recover/model", folder / "prune/model") and (
+            folder / "lora/model").is_dir() and not (folder / "tune").is_dir():
+        raise InputError(f"{folder} is of an earlier version, whose stage lora is tune now; run "
+                         f"its recipe again, or name {folder / 'lora/model'}")
     return found or sources.model_folder(path)
 
 
