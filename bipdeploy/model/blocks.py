@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bipdeploy.errors import InputError
 from bipdeploy.model import loading
@@ -23,6 +23,9 @@ from bipdeploy.recipe.model import ModelSection
 
 if TYPE_CHECKING:
     import torch
+
+
+Read = TypeVar("Read")
 
 
 def compute_device(section: ModelSection) -> torch.device:
@@ -140,6 +143,20 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if hasattr(value, "to") else value
 
 
+def ahead(count: int, read: Callable[[int], Read]) -> Iterator[Read]:
+    """What `read` gives of 0, 1, … While one is used the next is read, on a thread."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next-block") as reader:
+        following = reader.submit(read, 0)
+        for index in range(1, count + 1):
+            own = following.result()
+            if index < count:
+                following = reader.submit(read, index)
+            else:
+                del following
+            yield own
+            del own
+
+
 class BlockWalker:
     """Reads a checkpoint one block at a time, to one device and in one type.
 
@@ -211,19 +228,17 @@ class BlockWalker:
                              f"{report.missing_keys[0]} is missing")
         return Block(layer.eval(), self._forward_arguments(layer, tokens))
 
+    def placed(self, stored: Mapping[str, torch.Tensor], index: int, tokens: int) -> Block:
+        """As `block`, from its tensors as they are stored. Raises InputError where one is not
+        finite."""
+        tensors = {name: tensor.to(self.device).to(self.dtype) for name, tensor in stored.items()}
+        require_finite(tensors, self.checkpoint.folder, f"model.layers.{index}.")
+        return self.built(tensors, index, tokens)
+
     def blocks(self, tokens: int) -> Iterator[Block]:
         """All blocks in order. While one is used the next is read; let go of it when you ask for
         that."""
-        with ThreadPoolExecutor(1, thread_name_prefix="next-block") as reader:
-            ahead = reader.submit(self.block, 0, tokens)
-            for index in range(1, len(self) + 1):
-                block = ahead.result()
-                if index < len(self):
-                    ahead = reader.submit(self.block, index, tokens)
-                else:
-                    del ahead
-                yield block
-                del block
+        return ahead(len(self), lambda index: self.block(index, tokens))
 
     def _placed(self, name: str) -> torch.Tensor:
         """A tensor on the compute device and in its type. Raises InputError where it is not

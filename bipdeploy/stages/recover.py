@@ -12,12 +12,11 @@ import torch
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model import finite
 from bipdeploy.model.activations import Batches, Keep, keeping
-from bipdeploy.model.blocks import Block, BlockWalker
+from bipdeploy.model.blocks import Block, BlockWalker, ahead
 from bipdeploy.model.checkpoint import CheckpointWriter
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.model.formats import biased_config
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning.allocation import Kept
 from bipdeploy.pruning.refit import MeanShift, RidgeProblem, best_ridge
 from bipdeploy.pruning.reselection import choose
 from bipdeploy.pruning.slicing import add_biases, slice_block
@@ -60,34 +59,29 @@ def refit(job: Job) -> dict[str, Any]:
           CheckpointWriter(job.out / "model", source.config, source.folder) as writer):
         x_dense, x_pruned = dense.embed(windows, keep), pruned.embed(windows, keep)
         writer.add_outside_blocks(source)
-        for index in range(len(dense)):
-            block, names, kept = pruned.block(index, tokens), source.block_names(index), None
+        for index, (whole, stored) in enumerate(ahead(
+                len(dense), lambda number: (dense.checkpoint.block(number), source.block(number)))):
+            kept = None
             if recipe.recover.refit.reselect:
-                kept = choose(dense.block(index, tokens), dense.architecture.blocks[index],
+                kept = choose(dense.placed(whole, index, tokens), dense.architecture.blocks[index],
                               pruned.architecture.blocks[index], x_dense, x_pruned,
                               dense.config.rms_norm_eps)
-                block = pruned.built(
-                    {name: tensor.to(pruned.device, pruned.dtype) for name, tensor
-                     in _sliced(dense, index, kept).items()}, index, tokens)
+                stored = slice_block(whole, dense.architecture, index, kept)
+            block = pruned.placed(stored, index, tokens)
             x_dense, x_pruned, record = refit_block(
-                partial(dense.block, index, tokens), block, x_dense, x_pruned, ridge,
-                source.entry(names[0]).dtype if names else pruned.dtype, held, keep)
-            stored = source.block(index) if kept is None else _sliced(dense, index, kept)
+                partial(dense.placed, whole, index, tokens), block, x_dense, x_pruned, ridge,
+                next((tensor.dtype for tensor in stored.values()), pruned.dtype), held, keep)
             for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
                 module, key = getattr(block.layer, part), f"{part}.{name}.weight"
                 if module is not None:
                     stored[key] = getattr(module, name).weight.to(stored[key].dtype)
             writer.add(stored, f"model.layers.{index}.")
-            del block, stored
+            del block, stored, whole
             finite.require(f"outputs of block {index}, or its refit,", record.values(),
                            pruned.dtype)
             errors.append({"block": index, **record, **(asdict(kept) if kept else {})})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
-
-
-def _sliced(dense: BlockWalker, index: int, kept: Kept) -> dict[str, torch.Tensor]:
-    return slice_block(dense.checkpoint.block(index), dense.architecture, index, kept)
 
 
 def hold_back(windows: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
