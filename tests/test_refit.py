@@ -14,9 +14,10 @@ from bipdeploy.data import text
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint
-from bipdeploy.pruning.refit import RIDGES, RidgeProblem
+from bipdeploy.pruning.refit import RidgeProblem
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.recover import RIDGES
 from bipdeploy.running.artifacts import read_json
 from bipdeploy.stages.recover import Errors, hold_back, refit_block
 from tests.sliced import (

@@ -20,7 +20,7 @@ from bipdeploy.model import agreement, sources
 from bipdeploy.model.families import BlockWidths
 from bipdeploy.pipeline.keys import intact, local_texts, plain, stage_keys
 from bipdeploy.pipeline.preflight import refuse
-from bipdeploy.planning import footprint
+from bipdeploy.planning import footprint, outlook
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved, resolve, resolved_at
 from bipdeploy.recipe.recipe import Recipe
@@ -91,11 +91,14 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
         for name in due[1:]:  # the first says it itself, at once
             STAGES[name].rehearse(resolved)
         result = RunResult(folder, keys=keys)
+        notes = outlook.notes(resolved, due)
         for name in names:
             if name not in due:
                 result.reused.append(name)
                 continue
             with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
+                while notes:
+                    reporter.note(notes.pop(0))
                 inputs = inputs_of(name, folder, resolved.dense)
                 run_stage(name, recipe, inputs, folder / name, keys[name], reporter, resolved,
                           {folder / made: keys[made] for made in _made_by(inputs, folder)})

@@ -16,6 +16,7 @@ from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.recipe.recipe import Recipe
+from bipdeploy.recipe.recover import RIDGES
 from bipdeploy.recipe.tune import TuneSection, slice_tokens
 from bipdeploy.running import machine
 
@@ -210,8 +211,10 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         searching += sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
                          for size in (w.heads * arch.head_dim, w.intermediate))
     pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
-    refit = sum(2 * tokens * size * size + size ** 3 / 3 for w in s.pruned.blocks
-                for size in (w.heads * arch.head_dim, w.intermediate))
+    # The sums, and a solution for every ridge that is tried.
+    solutions = 1 + len(RIDGES) * (recipe.recover.refit.ridge == "auto")
+    refit = sum(2 * tokens * size * size + solutions * 2 * size ** 2 * (size / 3 + arch.hidden)
+                for w in s.pruned.blocks for size in (w.heads * arch.head_dim, w.intermediate))
     # Once through the dense block, and thrice through the pruned one.
     repairing = (passes + 3 * pruned + refit) * (recipe.recover.method != "none")
     if searching:

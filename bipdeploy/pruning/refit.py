@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROWS = 1024  # of a sum that are computed at once
+from bipdeploy.recipe.recover import RIDGES
 
-# What `ridge: auto` chooses from.
-RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+ROWS = 1024  # of a sum that are computed at once
 
 
 def add_product(total_KD: torch.Tensor, a_NK: torch.Tensor, b_ND: torch.Tensor) -> None:

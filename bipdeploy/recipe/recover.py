@@ -9,6 +9,9 @@ from pydantic import Field, field_validator
 from bipdeploy.recipe.base import Section
 from bipdeploy.recipe.names import Repair
 
+# What `ridge: auto` chooses from.
+RIDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
 
 class RefitSection(Section):
     """Closed-form repair: ridge least squares to the dense model's block outputs."""
