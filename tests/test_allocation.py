@@ -13,16 +13,9 @@ import pytest
 from bipdeploy.errors import InputError
 from bipdeploy.model.families import Architecture, BlockWidths, architecture
 from bipdeploy.model.formats import pruned_config
-from bipdeploy.pruning.allocation import (
-    BlockScores,
-    Kept,
-    allocate,
-    global_widths,
-    keep,
-    uniform_widths,
-    unprotected,
-)
+from bipdeploy.pruning.allocation import allocate, global_widths, uniform_widths, unprotected
 from bipdeploy.pruning.divisibility import faults, group_faults, kv_head_counts
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.recipe.prune import PruneSection
 
 

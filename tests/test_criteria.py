@@ -14,7 +14,7 @@ from bipdeploy import api
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.families import Architecture
-from bipdeploy.pruning.allocation import BlockScores, allocate
+from bipdeploy.pruning.allocation import allocate
 from bipdeploy.pruning.criteria.llm_bip import (
     head_bound,
     influence,
@@ -24,6 +24,7 @@ from bipdeploy.pruning.criteria.llm_bip import (
 )
 from bipdeploy.pruning.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores, Statistics
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recipe import Recipe

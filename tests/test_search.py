@@ -14,10 +14,11 @@ from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.families import BlockWidths
 from bipdeploy.pruning import curves as curve_costs
 from bipdeploy.pruning import search
-from bipdeploy.pruning.allocation import BlockScores, keep, part_widths
+from bipdeploy.pruning.allocation import part_widths
 from bipdeploy.pruning.criteria.llm_bip import rank_correlation
 from bipdeploy.pruning.curves import Text
 from bipdeploy.pruning.divisibility import faults
+from bipdeploy.pruning.kept import BlockScores, keep
 from bipdeploy.pruning.search import Curve
 from bipdeploy.recipe import file
 from bipdeploy.recipe.model import ModelSection

@@ -18,28 +18,8 @@ from bipdeploy.errors import InputError
 from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.pruning.depth import Influence, dropped, largest_part, unprotected
 from bipdeploy.pruning.divisibility import counted, kv_head_counts, require_parallel
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.recipe.prune import PruneSection
-
-
-@dataclass(frozen=True)
-class BlockScores:
-    """Scores of one block's KV groups and FFN channels; higher is kept."""
-
-    heads: Sequence[float]
-    ffn: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Indices that stay in one block, ascending: KV groups and FFN channels."""
-
-    groups: tuple[int, ...]
-    channels: tuple[int, ...]
-
-    def then(self, inner: Kept) -> Kept:
-        """What stays of these once `inner`, which counts within them, is what stays."""
-        return Kept(tuple(self.groups[i] for i in inner.groups),
-                    tuple(self.channels[i] for i in inner.channels))
 
 
 class _Step(NamedTuple):
@@ -223,16 +203,6 @@ def part_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: i
         return [*allowed, dense.intermediate]
 
     return widths
-
-
-def keep(scores: BlockScores, widths: BlockWidths) -> Kept:
-    """The best groups and channels of a block at the given widths; ties go to the lower index."""
-    return Kept(_best(scores.heads, widths.kv_heads), _best(scores.ffn, widths.intermediate))
-
-
-def _best(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    return tuple(sorted(order[:count]))
 
 
 def _steps(scores: Mapping[int, Sequence[float]],

@@ -25,8 +25,8 @@ from bipdeploy.model import finite
 from bipdeploy.model.activations import Batches, Keep, replace
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.families import BlockWidths
-from bipdeploy.pruning.allocation import BlockScores
-from bipdeploy.pruning.allocation import keep as best
+from bipdeploy.pruning.kept import BlockScores
+from bipdeploy.pruning.kept import keep as best
 from bipdeploy.pruning.refit import RidgeProblem, best_ridge
 from bipdeploy.pruning.search import Curve
 from bipdeploy.pruning.slicing import expand

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from bipdeploy.model.checkpoint import CheckpointWriter
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.model.formats import biased_config
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.kept import Kept
 from bipdeploy.pruning.refit import MeanShift, RidgeProblem, best_ridge
 from bipdeploy.pruning.reselection import choose
 from bipdeploy.pruning.slicing import add_biases, slice_block
@@ -81,7 +80,8 @@ def refit(job: Job) -> dict[str, Any]:
             del block, stored
             finite.require(f"outputs of block {index}, or its refit,", record.values(),
                            pruned.dtype)
-            errors.append({"block": index, **record, **(asdict(kept) if kept else {})})
+            again = {"groups": kept.groups, "channels": kept.channels} if kept else {}
+            errors.append({"block": index, **record, **again})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
 

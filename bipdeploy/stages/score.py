@@ -20,12 +20,12 @@ from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import opened
 from bipdeploy.model.walk import require_agreement
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.criteria.gradients import blocks_backwards
 from bipdeploy.pruning.criteria.llm_bip import head_bound, measured_change, rank_correlation
 from bipdeploy.pruning.criteria.statistics import BlockView, Scores, Statistics
 from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.pruning.depth import Influence
+from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.running import artifacts

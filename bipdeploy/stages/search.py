@@ -23,7 +23,8 @@ from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning import curves as cost_curves
 from bipdeploy.pruning import search
-from bipdeploy.pruning.allocation import BlockScores, Kept, keep, part_widths
+from bipdeploy.pruning.allocation import part_widths
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.pruning.slicing import slice_block
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
