@@ -122,7 +122,7 @@ def _scored(job: Job, model: Checkpoint) -> list[BlockScores]:
     with keeping(job.out, recipe.calibration.spill,
                  score.kept_bytes(walker, drawn, [recipe.score])) as kept:
         found = score.score_blocks(walker, drawn, recipe, job, kept)
-    return [BlockScores(heads.tolist(), ffn.tolist()) for heads, ffn in found.scores]
+    return [BlockScores(*(values.tolist() for values in own)) for own in found.scores]
 
 
 def measured_curves(recipe: Recipe, model: Checkpoint, scores: Sequence[BlockScores], work: Path,
