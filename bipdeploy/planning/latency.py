@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.model.cost import Cost
-from bipdeploy.model.families import Architecture
+from bipdeploy.model.families import Architecture, Heads
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.running import artifacts, machine
 
@@ -55,7 +55,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Phase:
-    """Times of one phase. `rest`: all that no width changes (embeddings, norm, head, the loop).
+    """Times of one phase, of `heads` by KV heads with all query heads of each. `rest`: all that no
+    width changes (embeddings, norm, head, the loop).
 
     `times`: seconds of each whole model that was timed: median, low, high (quartiles).
     """
@@ -69,7 +70,8 @@ class Phase:
     @property
     def cost(self) -> Cost:
         at = cache(lambda part, width: getattr(self, part).at(width))
-        return Cost(lambda _, part, width: at(part, width), self.rest)
+        return Cost(lambda _, part, width: at(part, width.kv if isinstance(width, Heads)
+                                              else width), self.rest)
 
 
 @dataclass(frozen=True)

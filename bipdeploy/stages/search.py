@@ -18,7 +18,7 @@ from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model.activations import keeping
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.families import Architecture, BlockWidths, Width
 from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning import curves as cost_curves
@@ -48,7 +48,7 @@ def searched(job: Job, scores: Sequence[BlockScores]
             own = artifacts.read_json(job.inputs["curves"])
         else:
             own = curves_record(*measured_curves(job.recipe, model, scores, job.out, job.reporter))
-        curves = [search.Curve(**curve) for curve in own["curves"]]
+        curves = [search.Curve.read(curve, model.architecture) for curve in own["curves"]]
         widths = _solved(job, model, curves, number / rounds)
         divergences.append(search.predicted(curves, widths))
         if number == 1:
@@ -80,7 +80,7 @@ def _solved(job: Job, model: Checkpoint, curves: Sequence[search.Curve], part: f
     return search.solve(arch, curves, choices, total * (1 - dense.section.ratio * part))
 
 
-def _choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[int]]:
+def _choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[Width]]:
     # Whether the budget can be met is known of the dense model; a round's is another share.
     section = recipe.prune.model_copy(update={"ratio": None})
     return part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
@@ -136,7 +136,7 @@ def measured_curves(recipe: Recipe, model: Checkpoint, scores: Sequence[BlockSco
     sensed = section.propagation == "sensitivity"
     reporter.total((1 + sensed) * len(arch.blocks), "blocks searched")
 
-    def widths(block: int, part: str) -> list[int]:
+    def widths(block: int, part: str) -> list[Width]:
         return search.spaced(choices(block, part), section.points)
 
     if sensed:
