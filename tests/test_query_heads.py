@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from bipdeploy import api
 from bipdeploy.errors import InputError, RecipeError
+from bipdeploy.measuring import profile
 from bipdeploy.model import cost
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.model.families import Architecture, BlockWidths, Heads, architecture
+from bipdeploy.planning import latency
 from bipdeploy.pruning import search
 from bipdeploy.pruning.allocation import part_widths, uniform_widths
 from bipdeploy.pruning.choices import ladder, possible_widths
@@ -197,6 +199,37 @@ def test_the_solver_finds_the_best_pairs(grouped, name, share):
     assert search.predicted(curves, found) <= best + 1e-9
 
 
+# Times
+
+def test_times_of_fewer_query_heads_are_measured_where_they_may_leave():
+    dense = BlockWidths(14, 2, 4864)
+    assert not any(name.startswith("queries") for name in profile._variants(dense))
+    found = profile._variants(dense, queries=True)
+    assert found["queries 1"] == BlockWidths(2, 2, 4864)
+    times = {name: [w.intermediate * 1e-6 + (w.heads + w.kv_heads) * 1e-3 + 0.01] * 4
+             for name, w in found.items()}
+    phase = profile.summarise(times, found, 1)
+    assert phase.queries is not None and phase.queries.widths[-1] == 7
+    for heads in (Heads(2, 7), Heads(1, 7), Heads(2, 1), Heads(2, 3), Heads(1, 2)):
+        spent = phase.cost.part(0, "heads", heads)
+        assert spent == pytest.approx((heads.total + heads.kv) * 1e-3)
+    assert phase.cost.part(0, "heads", Heads(0, 0)) == 0
+    plain = profile.summarise({n: t for n, t in times.items() if "queries" not in n}, found, 1)
+    assert plain.queries is None and plain.cost.part(0, "ffn", 100) == pytest.approx(1e-4)
+
+
+def test_tables_with_query_heads_have_a_key_of_their_own_and_survive_the_cache(tmp_path):
+    arch, model = MODELS["two-groups-of-seven"], built().model
+    plain, asked = (latency.key({}, arch, model, 1, 16, own) for own in (False, True))
+    assert asked == {**plain, "queries": True}
+    phase = latency.Phase(latency.Curve((1, 2), (1.0, 2.0)), latency.Curve((8,), (1.0,)), 0.5, {},
+                          {}, latency.Curve((1, 7), (0.5, 2.0)))
+    table = latency.Table(asked, {"decode": phase}, 2, 9, 1.0, {"a": 1})
+    latency.store(table, tmp_path)
+    assert latency.lookup(asked, tmp_path) == table
+    assert latency.lookup(plain, tmp_path) is None
+
+
 # The stages
 
 def kept_of(record: dict) -> list[Kept]:
@@ -265,8 +298,6 @@ def test_what_leaves_is_read_as_a_word_or_as_it_was_before(written, read):
     (["prune.heads=1"], "prune.heads: 1 is none of"),
     (["prune.heads=both", "prune.layers=global"], "layers: global ranks whole KV heads"),
     (["prune.heads=query", "prune.layers=adaptive"], "layers: adaptive ranks whole KV heads"),
-    (["prune.heads=both", "prune.ratio=null", "prune.target={decode_speedup: 1.3}"],
-     "target.decode_speedup: times are measured by KV heads"),
     (["prune.heads=both", "recover.refit.reselect=true"],
      "recover.refit.reselect: true chooses whole KV heads again")])
 def test_what_is_not_for_query_heads_is_refused_in_a_line(settings, fault):

@@ -160,7 +160,8 @@ def _resolved(recipe: Recipe, config: Mapping[str, Any], folder: Path | None,
               arch: Architecture) -> Resolved:
     recipe = _with_text(recipe, arch)
     asked = recipe.prune.target
-    times = (latency.key(config, arch, recipe.model, asked.batch, asked.tokens)
+    times = (latency.key(config, arch, recipe.model, asked.batch, asked.tokens,
+                         recipe.prune.query_heads)
              if asked and "times" in TARGETS[asked.kind].needs else None)
     return Resolved(recipe, config, folder, arch, times, latency.lookup(times) if times else None)
 

@@ -133,14 +133,9 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _query_heads(self) -> PruneSection:
-        if not self.query_heads:
-            return self
-        if self.layers in ("global", "adaptive"):
+        if self.query_heads and self.layers in ("global", "adaptive"):
             raise ValueError(f"layers: {self.layers} ranks whole KV heads, and heads is "
                              f"{self.heads}; set heads to kv, or layers to uniform or searched")
-        if self.target and self.target.timed:
-            raise ValueError(f"target.{self.target.kind}: times are measured by KV heads, and "
-                             f"heads is {self.heads}; set heads to kv, or give another budget")
         return self
 
     @model_validator(mode="after")
