@@ -33,6 +33,7 @@ from tests.tiny import VARIANTS, tiny_model
 CHOICES = {"uniform": [(1, 56), (1, 56), (1, 56)], "per-block": [(1, 41), (0, 33), (2, 0)]}
 # With query heads of each, of two KV heads with three.
 QUERIES = {"queries-uniform": [(2, 56, 2)] * 3, "queries-and-groups": [(1, 56, 2)] * 3,
+           "more-heads-on-fewer-kv-heads": [(2, 40, 1), (1, 41, 3), (2, 33, 1)],
            "queries-per-block": [(2, 41, 2), (0, 33), (2, 0, 1)]}
 STYLES = list(graph.STYLES)
 # Rotations that are no plain powers, over the 256 positions of a tiny model.
@@ -167,11 +168,13 @@ def test_bfloat16_weights_are_the_checkpoints(tmp_path):
     assert torch.equal(bits.view(torch.bfloat16).T, weight)
 
 
+@pytest.mark.parametrize("choice", ["per-block", "more-heads-on-fewer-kv-heads"])
 @pytest.mark.parametrize("style", STYLES)
-def test_onnxruntime_genai_runs_the_folder(style, tmp_path):
+def test_onnxruntime_genai_runs_the_folder(style, choice, tmp_path):
     import onnxruntime_genai
 
-    source, ids = sliced(tmp_path, "per-block"), token_windows(1, 24)
+    layout = {"heads": 6, "hidden_size": 96} if choice in QUERIES else {}
+    source, ids = sliced(tmp_path, choice, **layout), token_windows(1, 24)
     model = onnxruntime_genai.Model(str(exported(source, tmp_path / "onnx", style)))
     settings = onnxruntime_genai.GeneratorParams(model)
     settings.set_search_options(max_length=24 + 32, do_sample=False)

@@ -42,6 +42,7 @@ PER_BLOCK = [(0.5, 48), (0, 64), (1, 0), (0.5, 40)]  # block 1 has no attention,
 # With query heads of each, of two KV heads with three.
 QUERIES_UNIFORM = [(1, 48, 2)] * 4
 QUERIES_PER_BLOCK = [(1, 48, 1), (0, 64), (1, 0, 2), (0.5, 40, 2)]
+MORE_ON_FEWER = [(1, 48, 1), (0.5, 64, 3), (1, 40, 1), (0.5, 48, 2)]
 SIX_HEADS = {"heads": 6, "hidden_size": 96}
 
 
@@ -282,6 +283,8 @@ def test_a_uniform_qwen2_with_its_own_head_size_is_served_by_the_plugin(tmp_path
     ("llama-gqa", QUERIES_PER_BLOCK, "vllm.plugin"),
     ("llama-gqa", QUERIES_PER_BLOCK, "vllm.transformers_backend"),
     ("mistral-window", QUERIES_PER_BLOCK, "vllm.plugin"),
+    ("llama-gqa", MORE_ON_FEWER, "vllm.plugin"),
+    ("llama-gqa", MORE_ON_FEWER, "vllm.transformers_backend"),
     ("qwen2-gqa", QUERIES_UNIFORM, "vllm.plugin"),
     ("qwen3-gqa", QUERIES_PER_BLOCK, "vllm.plugin")])
 def test_vllm_gives_the_tokens_without_some_query_heads(tmp_path, variant, shares, route):
