@@ -173,7 +173,8 @@ def profile(source: PathLike, settings: Sequence[str] = (), *, batch: int | None
     timed = target if target and target.timed else None
     key = latency.key(resolved.config, resolved.architecture, recipe.model,
                       batch or (timed.batch if timed else bench.batch),
-                      context or (timed.tokens if timed else bench.prompt_tokens))
+                      context or (timed.tokens if timed else bench.prompt_tokens),
+                      recipe.prune.query_heads)
     cache = Path(cache) if cache else None
     found = None if force else latency.lookup(key, cache)
     if found is None:

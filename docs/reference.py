@@ -101,7 +101,8 @@ def _value(field: Schema, schema: Schema, path: str) -> str:
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
+        return ", ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`"
+                         for value in field["enum"])
     words = TYPES[field.get("type", "any")]
     if "items" in field:
         inside = path + ".NUMBER" if "$ref" in field["items"] else path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.families import Architecture, BlockWidths, architecture
 from bipdeploy.model.formats import biased_config, pruned_config
 from bipdeploy.model.loading import load_model
-from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.kept import Kept
 from bipdeploy.pruning.slicing import add_biases, mask_block, slice_block
 from bipdeploy.running.artifacts import file_hashes
 from tests.tiny import VOCABULARY
@@ -29,16 +30,21 @@ def token_windows(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, tokens), generator=generator)
 
 
-def draw_kept(arch: Architecture, widths: list[tuple[int, int]], seed: int = 0) -> list[Kept]:
-    """A random choice with the given (KV groups, channels) per block."""
+def draw_kept(arch: Architecture, widths: Sequence[tuple[int, ...]], seed: int = 0) -> list[Kept]:
+    """A random choice with the given (KV groups, channels) per block, or (KV groups, channels,
+    query heads of each group)."""
     draw = random.Random(seed)
-    return [Kept(tuple(sorted(draw.sample(range(dense.kv_heads), groups))),
-                 tuple(sorted(draw.sample(range(dense.intermediate), channels))))
-            for dense, (groups, channels) in zip(arch.blocks, widths, strict=True)]
+
+    def chosen(count: int, size: int) -> tuple[int, ...]:
+        return tuple(sorted(draw.sample(range(count), size)))
+
+    return [Kept(chosen(dense.kv_heads, groups), chosen(dense.intermediate, channels),
+                 tuple(chosen(dense.group, own) for own in queries * groups))
+            for dense, (groups, channels, *queries) in zip(arch.blocks, widths, strict=True)]
 
 
 def widths_of(arch: Architecture, kept: list[Kept]) -> list[BlockWidths]:
-    return [BlockWidths(len(k.groups) * dense.group, len(k.groups), len(k.channels))
+    return [BlockWidths(len(k.query_heads(dense.group)), len(k.groups), len(k.channels))
             for dense, k in zip(arch.blocks, kept, strict=True)]
 
 

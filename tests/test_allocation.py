@@ -13,16 +13,10 @@ import pytest
 from bipdeploy.errors import InputError
 from bipdeploy.model.families import Architecture, BlockWidths, architecture
 from bipdeploy.model.formats import pruned_config
-from bipdeploy.pruning.allocation import (
-    BlockScores,
-    Kept,
-    allocate,
-    global_widths,
-    keep,
-    uniform_widths,
-    unprotected,
-)
-from bipdeploy.pruning.divisibility import faults, group_faults, kv_head_counts
+from bipdeploy.pruning.allocation import allocate, global_widths, uniform_widths
+from bipdeploy.pruning.depth import unprotected
+from bipdeploy.pruning.divisibility import faults, group_faults, head_choices
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.recipe.prune import PruneSection
 
 
@@ -112,7 +106,7 @@ def most(arch: Architecture, asked: PruneSection, parallel: int = 1) -> int:
     widths, unit = list(arch.blocks), math.lcm(asked.round_to, parallel)
     for i in unprotected(arch, asked):
         w = arch.blocks[i]
-        fewest = min([k for k in kv_head_counts(w, parallel) if k], default=0)
+        fewest = min([own.kv for own in head_choices(w, parallel) if own.kv], default=0)
         groups = fewest if asked.heads else w.kv_heads
         channels = min(unit, w.intermediate) if asked.ffn else w.intermediate
         widths[i] = BlockWidths(groups * w.group, groups, channels)
@@ -337,7 +331,8 @@ def steps_of(arch: Architecture, asked: PruneSection, parallel: int) -> tuple[in
     """
     inner, unit = unprotected(arch, asked), math.lcm(asked.round_to, parallel)
     heads = max(((b - a) * arch.kv_group_parameters(i) for i in inner
-                 for a, b in itertools.pairwise(kv_head_counts(arch.blocks[i], parallel)[1:])),
+                 for (a, _), (b, _) in itertools.pairwise(
+                     head_choices(arch.blocks[i], parallel)[1:])),
                 default=0)
     room = sum(max(arch.blocks[i].intermediate - unit, 0) for i in inner)
     at_once = len(inner) if asked.layers == "uniform" else 1
@@ -392,7 +387,8 @@ def test_a_tensor_parallel_of_one_changes_nothing(arch, layers):
     (12, 3, 2, [0, 1, 2]),         # the dense block itself does not divide
     (0, 0, 2, [0])])
 def test_the_numbers_of_kv_heads_that_divide(heads, kv_heads, parallel, counts):
-    assert kv_head_counts(BlockWidths(heads, kv_heads, 8), parallel) == counts
+    dense = BlockWidths(heads, kv_heads, 8)
+    assert head_choices(dense, parallel) == [(k, dense.group if k else 0) for k in counts]
 
 
 def test_faults_name_the_block_and_the_width():

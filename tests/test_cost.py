@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bipdeploy.model import cost
 from bipdeploy.model.checkpoint import read_config
-from bipdeploy.model.families import BlockWidths
+from bipdeploy.model.families import BlockWidths, Heads
 from bipdeploy.planning.footprint import Sizes, writes
 from bipdeploy.pruning import search
 from bipdeploy.pruning.search import Curve
@@ -19,6 +19,7 @@ from bipdeploy.recipe.recipe import Recipe
 from tests.sliced import architecture_of, draw_kept, loaded, token_windows, write_sliced
 
 WIDTHS = [(1, 40), (2, 96), (2, 24)]
+QUERIES = [(1, 40, 1), (2, 96, 1), (2, 24)]
 
 
 def counted(model, ids: torch.Tensor, **arguments) -> tuple[int, object]:
@@ -29,7 +30,7 @@ def counted(model, ids: torch.Tensor, **arguments) -> tuple[int, object]:
     return counter.get_total_flops(), out
 
 
-@pytest.mark.parametrize("widths", [None, WIDTHS])
+@pytest.mark.parametrize("widths", [None, WIDTHS, QUERIES])
 def test_flops_are_those_that_torch_counts(variant, tmp_path, widths):
     folder = variant
     if widths:
@@ -51,9 +52,10 @@ def test_bytes_are_those_of_the_files(tmp_path, dtype):
     arch, value = architecture_of(folder), cost.value_bytes(read_config(folder))
     assert value == dtype.itemsize
     assert cost.memory(arch, value).whole(arch.blocks) == tensor_bytes(folder)
-    sliced = write_sliced(folder, tmp_path / "s", draw_kept(arch, WIDTHS))
-    widths = architecture_of(sliced).blocks
-    assert cost.memory(arch, value).whole(widths) == tensor_bytes(sliced)
+    for number, widths in enumerate((WIDTHS, QUERIES)):
+        sliced = write_sliced(folder, tmp_path / f"{number}", draw_kept(arch, widths))
+        own = architecture_of(sliced).blocks
+        assert cost.memory(arch, value).whole(own) == tensor_bytes(sliced)
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -84,11 +86,11 @@ def test_the_solver_finds_the_best_of_all_at_another_cost(tiny, name, share):
     arch = architecture_of(tiny)
     spent = {"flops": cost.flops(arch, 200), "memory": cost.memory(arch, 2, 4000)}[name]
     draw = torch.Generator().manual_seed(int(share * 100))
-    choices = {"heads": [1, 2], "ffn": [24, 48, 72, 96]}
+    choices = {"heads": [Heads(1, 2), Heads(2, 2)], "ffn": [24, 48, 72, 96]}
     curves = [Curve(block, part, widths, sorted(torch.rand(len(widths), generator=draw).tolist(),
                                                 reverse=True))
               for block in range(3) for part, widths in choices.items()]
-    options = [BlockWidths(k * 2, k, f) for k, f in product(*choices.values())]
+    options = [BlockWidths(0, 0, f).having(heads) for heads, f in product(*choices.values())]
     everything = list(product(options, repeat=3))
     least = min(map(spent.whole, everything))
     budget = least + share * (spent.whole(arch.blocks) - least)

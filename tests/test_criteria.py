@@ -13,8 +13,9 @@ import torch
 from bipdeploy import api
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.model.families import Architecture
-from bipdeploy.pruning.allocation import BlockScores, allocate
+from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.formats import pruned_config
+from bipdeploy.pruning.allocation import allocate
 from bipdeploy.pruning.criteria.llm_bip import (
     head_bound,
     influence,
@@ -24,6 +25,7 @@ from bipdeploy.pruning.criteria.llm_bip import (
 )
 from bipdeploy.pruning.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores, Statistics
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recipe import Recipe
@@ -435,6 +437,60 @@ def test_a_permuted_model_is_scored_and_pruned_the_same(variant, tmp_path, crite
                               comparable), ids)
         difference = float((found - expected).abs().max())
         assert difference < 1e-5 * float(expected.abs().max())
+
+
+ALL_CRITERIA = [("llm_bip", "measured"), *((name, "bound") for name in CRITERIA)]
+
+
+@pytest.mark.parametrize(("criterion", "propagation"), ALL_CRITERIA)
+def test_a_query_head_with_a_kv_head_of_its_own_is_scored_as_that(variant, criterion, propagation):
+    for own, widths in zip(scores_of(variant, criterion, propagation),
+                           architecture_of(variant).blocks, strict=True):
+        assert own.queries.shape == (widths.heads,) and own.queries.dtype == torch.float64
+        if widths.group == 1:
+            torch.testing.assert_close(own.queries, own.heads)
+        else:
+            assert len(own.queries.unique()) == widths.heads
+
+
+@torch.no_grad()
+def as_multi_head(source: Path, folder: Path) -> Path:
+    """The same function with a KV head for every query head: K and V written out for each."""
+    dense, arch = Checkpoint(source), architecture_of(source)
+    widths = [BlockWidths(w.heads, w.heads, w.intermediate) for w in arch.blocks]
+    with CheckpointWriter(folder, pruned_config(dense.config, arch, widths), source) as writer:
+        writer.add(dense.tensors(dense.outside_blocks()))
+        for index, own in enumerate(arch.blocks):
+            writer.add({
+                name: torch.cat([part for part in tensor.split(arch.head_dim)
+                                 for _ in range(own.group)])
+                if name in arch.family.kv_rows else tensor
+                for name, tensor in dense.block(index).items()}, f"model.layers.{index}.")
+    return folder
+
+
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name not in (
+    "magnitude", "random", "taylor", "taylor_vector")])
+def test_query_heads_are_scored_as_the_heads_of_the_same_model_without_groups(
+        tiny, tmp_path, criterion):
+    """Criteria that look at o_proj's inputs and columns see the same in both."""
+    expected = scores_of(as_multi_head(tiny, tmp_path / "mha"), criterion)
+    for own, other in zip(scores_of(tiny, criterion), expected, strict=True):
+        torch.testing.assert_close(own.queries, other.heads, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("criterion", "power"), [("magnitude", 2), ("taylor", 1)])
+def test_query_heads_share_out_the_weights_of_their_group(tiny, criterion, power):
+    for own in scores_of(tiny, criterion):
+        torch.testing.assert_close(own.queries.view(2, 2).pow(power).sum(1),
+                                   own.heads.pow(power), rtol=1e-5, atol=0)
+
+
+def test_draws_for_query_heads_leave_the_others_as_they_were(tiny):
+    plain = torch.Generator().manual_seed(0)
+    for own in scores_of(tiny, "random"):
+        assert torch.equal(own.heads, torch.rand(2, generator=plain, dtype=torch.float64))
+        assert torch.equal(own.ffn, torch.rand(96, generator=plain, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("layers", ["uniform", "global", "adaptive"])

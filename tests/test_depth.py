@@ -15,10 +15,11 @@ from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.pipeline import pipeline
 from bipdeploy.pipeline.preflight import refuse
 from bipdeploy.planning.resolved import resolved_at
-from bipdeploy.pruning.allocation import BlockScores, Kept, allocate, uniform_widths
+from bipdeploy.pruning.allocation import allocate, uniform_widths
 from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.pruning.depth import Influence, dropped
 from bipdeploy.pruning.divisibility import faults
+from bipdeploy.pruning.kept import BlockScores, Kept
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.running import artifacts

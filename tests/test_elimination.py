@@ -91,7 +91,7 @@ def test_scores_are_relative_errors_of_the_block_output(variant):
         statistics = Statistics(groups, needs, 1e-6)
         y = _see(block, statistics, x)
         view = BlockView(block, statistics, groups, 96, "bound", torch.Generator())
-        heads, ffn = influence(view)
+        heads, ffn, queries = influence(view)
         u = block.attention(x).u
         gate, up = block.ffn_parts(u)
         h = (gate * up).flatten(0, -2)
@@ -103,5 +103,6 @@ def test_scores_are_relative_errors_of_the_block_output(variant):
                            up.flatten(0, -2).square().mean(0).sqrt().float(),
                            (1 / (u.square().mean(-1) + 1e-6)).mean().sqrt())
         weight = block.output.weight.double() * gain[:, None]
-        expected = (elimination.costs(z.T @ z, weight, z.shape[1] // groups) / energy).sqrt()
-        torch.testing.assert_close(heads, expected, rtol=1e-3, atol=1e-6)
+        for found, size in ((heads, z.shape[1] // groups), (queries, 32)):
+            expected = (elimination.costs(z.T @ z, weight, size) / energy).sqrt()
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

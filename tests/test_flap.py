@@ -12,9 +12,10 @@ from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.model.families import OUTPUT_BIAS, architecture
 from bipdeploy.model.formats import biased_config
-from bipdeploy.pruning.allocation import BlockScores, allocate
+from bipdeploy.pruning.allocation import allocate
 from bipdeploy.pruning.criteria.flap import standardised
 from bipdeploy.pruning.criteria.statistics import Statistics
+from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.running.artifacts import figures

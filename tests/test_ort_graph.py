@@ -26,11 +26,15 @@ from tests.sliced import (
     write_biased,
     write_sliced,
 )
-from tests.test_slicing import LAYER_TYPES
+from tests.test_slicing import LAYER_TYPES, QUERY_VARIANTS
 from tests.tiny import VARIANTS, tiny_model
 
 # (KV groups, channels) by block.
 CHOICES = {"uniform": [(1, 56), (1, 56), (1, 56)], "per-block": [(1, 41), (0, 33), (2, 0)]}
+# With query heads of each, of two KV heads with three.
+QUERIES = {"queries-uniform": [(2, 56, 2)] * 3, "queries-and-groups": [(1, 56, 2)] * 3,
+           "more-heads-on-fewer-kv-heads": [(2, 40, 1), (1, 41, 3), (2, 33, 1)],
+           "queries-per-block": [(2, 41, 2), (0, 33), (2, 0, 1)]}
 STYLES = list(graph.STYLES)
 # Rotations that are no plain powers, over the 256 positions of a tiny model.
 ROPE = {
@@ -45,7 +49,8 @@ ROPE = {
 
 def sliced(tmp: Path, choice: str, **settings: Any) -> Path:
     source = tiny_model(tmp / "model", **settings)
-    return write_sliced(source, tmp / "sliced", draw_kept(architecture_of(source), CHOICES[choice]))
+    kept = draw_kept(architecture_of(source), {**CHOICES, **QUERIES}[choice])
+    return write_sliced(source, tmp / "sliced", kept)
 
 
 def exported(source: Path, out: Path, style: str = "gqa", dtype: str = "float32") -> Path:
@@ -76,6 +81,14 @@ def test_a_graph_computes_what_the_sliced_model_does(name, choice, tmp_path):
         assert_equal(source, exported(source, tmp_path / style, style))
     for file in (onnx_folder.MODEL, onnx_folder.LAST):
         onnx.checker.check_model(str(tmp_path / "std" / file), full_check=True)
+
+
+@pytest.mark.parametrize("choice", QUERIES)
+@pytest.mark.parametrize("name", QUERY_VARIANTS)
+def test_a_graph_of_a_model_without_some_query_heads(name, choice, tmp_path):
+    source = sliced(tmp_path, choice, **QUERY_VARIANTS[name], heads=6, hidden_size=96)
+    for style in STYLES:
+        assert_equal(source, exported(source, tmp_path / style, style))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -155,11 +168,13 @@ def test_bfloat16_weights_are_the_checkpoints(tmp_path):
     assert torch.equal(bits.view(torch.bfloat16).T, weight)
 
 
+@pytest.mark.parametrize("choice", ["per-block", "more-heads-on-fewer-kv-heads"])
 @pytest.mark.parametrize("style", STYLES)
-def test_onnxruntime_genai_runs_the_folder(style, tmp_path):
+def test_onnxruntime_genai_runs_the_folder(style, choice, tmp_path):
     import onnxruntime_genai
 
-    source, ids = sliced(tmp_path, "per-block"), token_windows(1, 24)
+    layout = {"heads": 6, "hidden_size": 96} if choice in QUERIES else {}
+    source, ids = sliced(tmp_path, choice, **layout), token_windows(1, 24)
     model = onnxruntime_genai.Model(str(exported(source, tmp_path / "onnx", style)))
     settings = onnxruntime_genai.GeneratorParams(model)
     settings.set_search_options(max_length=24 + 32, do_sample=False)

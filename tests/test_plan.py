@@ -17,7 +17,8 @@ from bipdeploy.pipeline.keys import stage_keys
 from bipdeploy.planning import footprint, plan
 from bipdeploy.planning.gpus import GPUS
 from bipdeploy.planning.resolved import of_config, resolved_at
-from bipdeploy.pruning.allocation import global_widths, possible_widths
+from bipdeploy.pruning.allocation import global_widths
+from bipdeploy.pruning.choices import possible_widths
 from bipdeploy.pruning.divisibility import faults, group_faults
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.recipe import Recipe

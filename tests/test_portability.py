@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ pytestmark = pytest.mark.slow
 UNIFORM = [(0.5, 48)] * 4
 THREE_QUARTERS = [(0.75, 48)] * 4
 PER_BLOCK = [(0.5, 48), (0, 64), (1, 0), (0.5, 40)]  # block 1 has no attention, block 2 no FFN
+# With query heads of each, of two KV heads with three.
+QUERIES_UNIFORM = [(1, 48, 2)] * 4
+QUERIES_PER_BLOCK = [(1, 48, 1), (0, 64), (1, 0, 2), (0.5, 40, 2)]
+MORE_ON_FEWER = [(1, 48, 1), (0.5, 64, 3), (1, 40, 1), (0.5, 48, 2)]
+SIX_HEADS = {"heads": 6, "hidden_size": 96}
 
 
 def question(folder: Path, **changes: Any) -> Question:
@@ -45,12 +51,12 @@ def question(folder: Path, **changes: Any) -> Question:
     return portability.draw_question(architecture_of(folder), **{**asked, **changes})
 
 
-def made(folder: Path, variant: str, shares: list[tuple[float, int]]) -> tuple[Path, Path]:
+def made(folder: Path, variant: str, shares: Sequence[tuple[float, ...]], **settings: Any
+         ) -> tuple[Path, Path]:
     """A sliced tiny model, and the folder that the export wrote from it."""
-    dense = tiny_model(folder / "dense", blocks=4, **VARIANTS[variant])
+    dense = tiny_model(folder / "dense", blocks=4, **VARIANTS[variant], **settings)
     arch = architecture_of(dense)
-    kept = draw_kept(arch, [(int(share * arch.blocks[0].kv_heads), channels)
-                            for share, channels in shares])
+    kept = draw_kept(arch, [(int(share * arch.blocks[0].kv_heads), *own) for share, *own in shares])
     sliced = write_sliced(dense, folder / "sliced", kept)
     target.write(Checkpoint(sliced), folder / "written", tensor_parallel=1)
     return sliced, folder / "written"
@@ -217,6 +223,21 @@ def test_a_per_block_checkpoint_generates_the_same_where_bipdeploy_is_not_instal
     assert json.loads(there.stdout.splitlines()[-1]) == here
 
 
+@pytest.mark.parametrize(("shares", "class_name"), [
+    (QUERIES_UNIFORM, "LlamaForCausalLM"), (QUERIES_PER_BLOCK, "BipdeployLlamaForCausalLM")])
+def test_transformers_gives_the_tokens_without_some_query_heads(
+        tmp_path, clean_python, shares, class_name):
+    """Of a stock class, and of ours by the code that the folder carries."""
+    sliced, written = made(tmp_path, "llama-gqa", shares, **SIX_HEADS)
+    assert Checkpoint(written).config["architectures"] == [class_name]
+    prompt = token_windows(1, 9)
+    there = subprocess.run([clean_python, "-c", GENERATE, written, json.dumps(prompt[0].tolist())],
+                           capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert there.returncode == 0, there.stderr
+    here = loaded(sliced).generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert json.loads(there.stdout.splitlines()[-1]) == here
+
+
 def test_the_probe_can_make_bipdeploy_look_as_if_it_were_not_installed(tmp_path):
     sliced, written = made(tmp_path, "llama-gqa", PER_BLOCK)
     plain = Route("transformers", "", "", True, True)
@@ -254,6 +275,20 @@ def test_vllms_transformers_backend_gives_the_sliced_models_tokens_per_block(tmp
 @pytest.mark.vllm
 def test_a_uniform_qwen2_with_its_own_head_size_is_served_by_the_plugin(tmp_path):
     agrees("vllm.plugin", *made(tmp_path, "qwen2-mha", THREE_QUARTERS))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("variant", "shares", "route"), [
+    ("llama-gqa", QUERIES_UNIFORM, "vllm.stock"),
+    ("llama-gqa", QUERIES_PER_BLOCK, "vllm.plugin"),
+    ("llama-gqa", QUERIES_PER_BLOCK, "vllm.transformers_backend"),
+    ("mistral-window", QUERIES_PER_BLOCK, "vllm.plugin"),
+    ("llama-gqa", MORE_ON_FEWER, "vllm.plugin"),
+    ("llama-gqa", MORE_ON_FEWER, "vllm.transformers_backend"),
+    ("qwen2-gqa", QUERIES_UNIFORM, "vllm.plugin"),
+    ("qwen3-gqa", QUERIES_PER_BLOCK, "vllm.plugin")])
+def test_vllm_gives_the_tokens_without_some_query_heads(tmp_path, variant, shares, route):
+    agrees(route, *made(tmp_path, variant, shares, **SIX_HEADS))
 
 
 @pytest.mark.vllm

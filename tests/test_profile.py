@@ -39,7 +39,7 @@ def quick(monkeypatch):
 def test_every_variant_is_a_whole_model_of_its_widths_on_shared_memory(variant):
     arch, config = architecture_of(variant), read_config(variant)
     stack = profile.Stack(config, arch, 3, torch.float32, CPU)
-    for widths in profile._variants(arch.blocks[0]).values():
+    for widths in profile._variants(arch.blocks[0], queries=True).values():
         model = stack.model(widths)
         assert sum(p.numel() for p in model.parameters()) == arch.parameters([widths] * 3)
         with torch.no_grad():

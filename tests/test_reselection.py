@@ -11,7 +11,7 @@ from bipdeploy import api
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.model.families import BlockWidths
-from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.kept import Kept
 from bipdeploy.pruning.refit import RidgeProblem
 from bipdeploy.pruning.reselection import choose
 from bipdeploy.pruning.slicing import slice_block

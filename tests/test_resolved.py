@@ -77,7 +77,7 @@ def test_all_that_follows_from_the_sizes_is_what_the_parts_say():
     assert found.architecture == arch and found.folder == PICO
     assert list(found.uniform) == uniform_widths(arch, recipe.prune)
     assert found.exported(found.uniform).blocks == found.uniform
-    assert found.allowed(0, "heads")[-1] == arch.blocks[0].kv_heads
+    assert found.allowed(0, "heads")[-1] == arch.blocks[0].attention
 
 
 def test_another_recipe_of_the_same_model_reads_nothing_again(reads, tiny):

@@ -11,13 +11,14 @@ from bipdeploy import api
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model import sources
 from bipdeploy.model.blocks import BlockWalker
-from bipdeploy.model.families import BlockWidths
+from bipdeploy.model.families import BlockWidths, Heads
 from bipdeploy.pruning import curves as curve_costs
 from bipdeploy.pruning import search
-from bipdeploy.pruning.allocation import BlockScores, keep, part_widths
+from bipdeploy.pruning.allocation import part_widths
 from bipdeploy.pruning.criteria.llm_bip import rank_correlation
 from bipdeploy.pruning.curves import Text
 from bipdeploy.pruning.divisibility import faults
+from bipdeploy.pruning.kept import BlockScores, keep
 from bipdeploy.pruning.search import Curve
 from bipdeploy.recipe import file
 from bipdeploy.recipe.model import ModelSection
@@ -40,7 +41,8 @@ from tests.sliced import (
 def drawn_scores(arch, seed: int = 0) -> list[BlockScores]:
     generator = torch.Generator().manual_seed(seed)
     return [BlockScores(torch.rand(w.kv_heads, generator=generator).tolist(),
-                        torch.rand(w.intermediate, generator=generator).tolist())
+                        torch.rand(w.intermediate, generator=generator).tolist(),
+                        torch.rand(w.heads, generator=generator).tolist())
             for w in arch.blocks]
 
 
@@ -53,19 +55,21 @@ def test_a_curve_is_linear_between_its_points_and_never_falls_with_the_width():
     assert noisy.at(8) == 0.2
 
 
-@pytest.mark.parametrize("part", ["heads", "ffn"])
+@pytest.mark.parametrize("part", ["heads", "queries", "ffn"])
 def test_divergence_is_that_of_the_dense_model_with_the_groups_masked(variant, part):
     arch = architecture_of(variant)
     scores, ids = drawn_scores(arch), token_windows(2, 24)
-    width = 1 if part == "heads" else 40
+    dense = arch.blocks[1]
+    width = {"heads": Heads(1, dense.group), "queries": Heads(dense.kv_heads - 1, 1),
+             "ffn": 40}[part]
+    part = "ffn" if part == "ffn" else "heads"
     curves = curve_costs.measured(
         BlockWalker(variant, ModelSection(id=str(variant), device="cpu", dtype="float32")),
         Text([ids], [], None),
         scores, lambda block, p: [width] if (block, p) == (1, part) else [])
     curve = next(c for c in curves if (c.block, c.part) == (1, part))
     kept = draw_kept(arch, [(w.kv_heads, w.intermediate) for w in arch.blocks])
-    best = keep(scores[1], BlockWidths(0, width, arch.blocks[1].intermediate)
-                if part == "heads" else BlockWidths(0, arch.blocks[1].kv_heads, width))
+    best = keep(scores[1], dense.having(width))
     masked = logits(masked_model(variant, [kept[0], best, *kept[2:]]), ids).log_softmax(-1)
     expected = logits(loaded(variant), ids).log_softmax(-1)
     by_hand = float((expected.exp() * (expected - masked)).sum(-1).mean())
@@ -81,7 +85,7 @@ def test_the_dense_width_costs_nothing_and_a_refit_costs_less_than_none(tiny):
     def total(refit: float | None) -> float:
         curves = curve_costs.measured(
             walker, Text([ids[:4]], [ids[4:]], refit), scores,
-            lambda _, part: [1, 2] if part == "heads" else [48, 96])
+            lambda _, part: [Heads(1, 2), Heads(2, 2)] if part == "heads" else [48, 96])
         assert [(c.block, c.part) for c in curves] == list(product(range(3), ("heads", "ffn")))
         assert all(curve.divergences[1] == 0 for curve in curves)
         return sum(curve.divergences[0] for curve in curves)
@@ -93,7 +97,7 @@ def test_the_dense_width_costs_nothing_and_a_refit_costs_less_than_none(tiny):
 def test_the_solution_is_the_best_of_all(tiny, share):
     arch = architecture_of(tiny)
     draw = torch.Generator().manual_seed(int(share * 100))
-    choices = {"heads": [1, 2], "ffn": [24, 48, 72, 96]}
+    choices = {"heads": [Heads(1, 2), Heads(2, 2)], "ffn": [24, 48, 72, 96]}
     curves = [Curve(block, part, widths, sorted(torch.rand(len(widths), generator=draw).tolist(),
                                                 reverse=True))
               for block in range(3) for part, widths in choices.items()]
@@ -101,7 +105,7 @@ def test_the_solution_is_the_best_of_all(tiny, share):
     found = search.solve(arch, curves, lambda _, part: choices[part], total * share)
     used = sum(arch.block_parameters(i, w) for i, w in enumerate(found))
     assert used <= total * share * (1 + 6 / search.GRID)
-    options = [BlockWidths(k * 2, k, f) for k, f in product(*choices.values())]
+    options = [BlockWidths(0, 0, f).having(heads) for heads, f in product(*choices.values())]
     best = min(search.predicted(curves, widths) for widths in product(options, repeat=3)
                if sum(arch.block_parameters(i, w) for i, w in enumerate(widths)) <= total * share)
     assert search.predicted(curves, found) <= best + 1e-9
@@ -120,7 +124,7 @@ def test_widths_of_parts_that_are_not_pruned_stay_dense(tiny):
     section = PruneSection.model_validate({"ratio": 0.2, "round_to": 8, "heads": False,
                                            "protect": {"first": 1}})
     widths = part_widths(arch, section)
-    assert widths(1, "heads") == [2]
+    assert widths(1, "heads") == [(2, 2)]
     assert widths(0, "ffn") == [96]
     assert widths(1, "ffn") == list(range(8, 97, 8))
     assert part_widths(arch, section, tensor_parallel=2)(2, "ffn") == list(range(8, 97, 8))
@@ -186,7 +190,7 @@ def test_refits_are_judged_by_windows_that_they_have_not_seen(tiny):
     def total(judged: torch.Tensor) -> float:
         return sum(curve.divergences[0] for curve in curve_costs.measured(
             walker, Text([judged], [ids[:1]], 1e-6), scores,
-            lambda _, part: [96] if part == "heads" else [48]))
+            lambda _, part: [Heads(2, 2)] if part == "heads" else [48]))
 
     assert total(ids[1:]) > 2 * total(ids[:1])
 
@@ -259,6 +263,6 @@ def test_the_ridge_of_a_search_is_chosen_on_windows_held_back(tiny):
     def total(ridge: float | str, held: int) -> float:
         return sum(curve.divergences[0] for curve in curve_costs.measured(
             walker, Text([ids[4:]], [ids[:2], ids[2:4]], ridge, held), scores,
-            lambda _, part: [96] if part == "heads" else [48]))
+            lambda _, part: [Heads(2, 2)] if part == "heads" else [48]))
 
     assert total("auto", 1) < total(1e-6, 0)

@@ -20,7 +20,7 @@ from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.model.families import architecture
 from bipdeploy.model.loading import register
-from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.kept import Kept
 from bipdeploy.pruning.slicing import slice_block
 from bipdeploy.recipe.model import ModelSection
 from tests.sliced import (
@@ -48,6 +48,17 @@ CHOICES = {
     "all-ffn-removed": [(2, 0), (1, 0), (1, 0)],
     "no-whole-block": [(0, 64), (1, 0), (0, 0)],
 }
+# (KV groups, channels, query heads of each) by block, of models with two KV heads of three each.
+QUERIES = {
+    "queries-uniform": [(2, 96, 2)] * 3,
+    "queries-single": [(2, 96, 1)] * 3,
+    "queries-and-groups": [(1, 56, 2)] * 3,
+    "queries-per-block": [(2, 96, 1), (1, 40, 2), (2, 24, 3)],
+    "more-heads-on-fewer-kv-heads": [(2, 96, 1), (1, 40, 3), (2, 24, 1)],
+    "queries-and-depth": [(0, 48), (2, 96, 2), (2, 0, 1)],
+}
+QUERY_VARIANTS = {name: settings for name, settings in VARIANTS.items()
+                  if settings["kv_heads"] == 2}
 # Layers that differ in more than width: sliding windows on some of them only.
 LAYER_TYPES = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
@@ -110,6 +121,31 @@ def test_layers_of_different_types_are_kept_apart(family, choice, tmp_path):
     assert_walk_equals_transformers(folder)
 
 
+@pytest.mark.parametrize("choice", QUERIES)
+@pytest.mark.parametrize("name", QUERY_VARIANTS)
+def test_the_model_without_some_query_heads_equals_the_masked_one(name, choice, tmp_path):
+    """Other ones leave each group."""
+    source = tiny_model(tmp_path / "model", **QUERY_VARIANTS[name], heads=6, hidden_size=96)
+    kept = draw_kept(architecture_of(source), QUERIES[choice], seed=3)
+    assert any(len(set(own.queries)) > 1 for own in kept) or choice != "queries-per-block"
+    folder = write_sliced(source, tmp_path / "sliced", kept)
+    for own, made in zip(QUERIES[choice], architecture_of(folder).blocks, strict=True):
+        groups, channels, *queries = own
+        assert (made.kv_heads, made.intermediate) == (groups, channels)
+        assert made.heads == groups * sum(queries)
+    assert_equals_masked(source, folder, kept)
+    assert_cache_changes_nothing(folder)
+
+
+def test_query_heads_that_all_stay_are_as_if_unnamed(tiny):
+    arch, checkpoint = architecture_of(tiny), Checkpoint(tiny)
+    named = draw_kept(arch, [(1, 40, 2)] * 3)[0]
+    plain = Kept(named.groups, named.channels)
+    assert named.queries == ((0, 1),) and plain.query_heads(2) == named.query_heads(2)
+    for name, tensor in slice_block(checkpoint.block(0), arch, 0, plain).items():
+        assert torch.equal(tensor, slice_block(checkpoint.block(0), arch, 0, named)[name])
+
+
 def test_keeping_everything_changes_no_tensor(variant):
     checkpoint, arch = Checkpoint(variant), architecture_of(variant)
     everything = draw_kept(arch, [(w.kv_heads, w.intermediate) for w in arch.blocks])
@@ -126,9 +162,20 @@ def test_slicing_in_two_steps_equals_slicing_once(variant, tmp_path):
     once = write_sliced(variant, tmp_path / "first", first)
     second = draw_kept(architecture_of(once), [(1, 16), (1, 24), (2, 20)], seed=1)
     twice = write_sliced(once, tmp_path / "second", second)
-    together = [Kept(tuple(a.groups[g] for g in b.groups), tuple(a.channels[c] for c in b.channels))
-                for a, b in zip(first, second, strict=True)]
-    direct = write_sliced(variant, tmp_path / "direct", together)
+    direct = write_sliced(variant, tmp_path / "direct", list(map(Kept.then, first, second)))
+    assert Checkpoint(twice).config == Checkpoint(direct).config
+    assert (twice / "model.safetensors").read_bytes() == (direct / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("first", [[(2, 80, 2), (1, 64), (2, 50, 1)], [(2, 80), (2, 64), (1, 50)]])
+@pytest.mark.parametrize("second", [[(1, 16), (1, 24, 2), (1, 20)], [(1, 16, 1)] * 3])
+def test_query_heads_may_leave_in_either_of_two_steps(tmp_path, first, second):
+    source = tiny_model(tmp_path / "model", heads=6, hidden_size=96)
+    before = draw_kept(architecture_of(source), first)
+    once = write_sliced(source, tmp_path / "first", before)
+    after = draw_kept(architecture_of(once), second, seed=1)
+    twice = write_sliced(once, tmp_path / "second", after)
+    direct = write_sliced(source, tmp_path / "direct", list(map(Kept.then, before, after)))
     assert Checkpoint(twice).config == Checkpoint(direct).config
     assert (twice / "model.safetensors").read_bytes() == (direct / "model.safetensors").read_bytes()
 
@@ -198,10 +245,22 @@ def test_cached_generation_with_mixed_layer_types(family, choice, tmp_path):
     assert_cache_changes_nothing(write_sliced(source, tmp_path / "sliced", kept))
 
 
+@pytest.mark.parametrize("choice", ["queries-per-block", "more-heads-on-fewer-kv-heads"])
+@pytest.mark.parametrize("name", QUERY_VARIANTS)
+def test_a_static_cache_of_blocks_without_some_query_heads(name, choice, tmp_path):
+    source = tiny_model(tmp_path / "model", **QUERY_VARIANTS[name], heads=6, hidden_size=96)
+    kept = draw_kept(architecture_of(source), QUERIES[choice], seed=2)
+    assert_static_cache_changes_nothing(write_sliced(source, tmp_path / "sliced", kept))
+
+
 @pytest.mark.parametrize("choice", ["per-block", "first-attention-removed", "block-removed"])
 def test_a_static_cache_holds_blocks_of_different_widths(variant, choice, tmp_path):
     kept = draw_kept(architecture_of(variant), CHOICES[choice], seed=2)
-    model, ids = loaded(write_sliced(variant, tmp_path / "sliced", kept)), token_windows(1, 13)
+    assert_static_cache_changes_nothing(write_sliced(variant, tmp_path / "sliced", kept))
+
+
+def assert_static_cache_changes_nothing(folder: Path) -> None:
+    model, ids = loaded(folder), token_windows(1, 13)
     settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False,
                 "pad_token_id": 0, "eos_token_id": None}
     found = model.generate(ids, cache_implementation="static", disable_compile=True, **settings)

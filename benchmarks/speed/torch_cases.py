@@ -18,7 +18,7 @@ from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.model.activations import Batches, Keep
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.families import architecture
-from bipdeploy.pruning.allocation import BlockScores, Kept, keep
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.pruning.slicing import slice_block
 from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.running.machine import PeakMemory

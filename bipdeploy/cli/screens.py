@@ -194,8 +194,11 @@ def show_profile(table: latency.Table) -> None:
     for title in ("", "width", *latency.PHASES):
         shown.add_column(title, justify="right" if title else "left")
     phases = [table.phases[phase] for phase in latency.PHASES]
-    for part, label in (("heads", "attention of a block, KV heads"), ("ffn", "FFN, channels")):
-        curves = [getattr(phase, part) for phase in phases]
+    for part, label in (("heads", "attention of a block, KV heads"),
+                        ("queries", "  query heads of each"), ("ffn", "FFN, channels")):
+        curves = [curve for phase in phases if (curve := getattr(phase, part))]
+        if not curves:
+            continue
         for row, width in enumerate(curves[0].widths):
             shown.add_row(label, str(width), *(_ms(curve.seconds[row]) for curve in curves))
     shown.add_row("rest of the model", "", *(_ms(phase.rest) for phase in phases))

@@ -75,7 +75,7 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
     block = max(arch.blocks, key=lambda w: (w.kv_heads, w.intermediate))
     size = dtype.itemsize * arch.block_parameters(0, block)
     depth = min(len(arch.blocks), max(_LEAST, _BYTES // size))
-    variants = _variants(block)
+    variants = _variants(block, key.get("queries", False))
     stack = Stack(config, arch, depth, dtype, device)
     reporter.total(ROUNDS + WARMUP, "rounds")
     ids = torch.randint(arch.vocabulary, (key["batch"], key["context"]),
@@ -95,9 +95,9 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
                   "environment": machine.environment()})
 
 
-def _variants(dense: BlockWidths) -> dict[str, BlockWidths]:
-    """By name: `dense`, and each part at every other width, removed (0) too; `check` has both
-    parts at about 2/3."""
+def _variants(dense: BlockWidths, queries: bool = False) -> dict[str, BlockWidths]:
+    """By name: `dense`, and each part at every other width, removed (0) too; with `queries` also
+    fewer query heads of each KV head; `check` has both parts at about 2/3."""
 
     def heads(k: int) -> BlockWidths:
         return replace(dense, heads=k * dense.group, kv_heads=k)
@@ -106,6 +106,9 @@ def _variants(dense: BlockWidths) -> dict[str, BlockWidths]:
     found |= {f"heads {k}": heads(k) for k in spread(dense.kv_heads, dense.kv_heads)[:-1]}
     found |= {f"ffn {f}": replace(dense, intermediate=f)
               for f in spread(dense.intermediate, 16)[:-1]}
+    if queries:
+        found |= {f"queries {q}": replace(dense, heads=dense.kv_heads * q)
+                  for q in spread(dense.group, dense.group)[:-1]}
     third = max(1, round(dense.kv_heads * 2 / 3))
     return {**found, "check": replace(heads(third), intermediate=dense.intermediate * 11 // 16)}
 
@@ -144,17 +147,21 @@ def summarise(times: Mapping[str, Sequence[float]], variants: Mapping[str, Block
     """
     spreads = {name: Spread.of(values) for name, values in times.items()}
 
-    def curve(part: str, field: str) -> Curve:
+    def curve(part: str, field: str, gone: str) -> Curve:
         points = {getattr(variants[name], field): spreads[name].low for name in times
-                  if name.startswith(f"{part} ") or name == "dense"}
+                  if name.startswith(f"{part} ") or name in ("dense", gone)}
         without = points.pop(0)
         widths = sorted(points)
         return Curve(tuple(widths), tuple((points[w] - without) / depth for w in widths))
 
-    heads, ffn = curve("heads", "kv_heads"), curve("ffn", "intermediate")
+    heads = curve("heads", "kv_heads", "heads 0")
+    ffn = curve("ffn", "intermediate", "ffn 0")
+    queries = (curve("queries", "group", "heads 0")
+               if any(name.startswith("queries ") for name in times) else None)
     whole, joint, dense = variants["dense"], variants["check"], spreads["dense"].low
     rest = dense - depth * (heads.at(whole.kv_heads) + ffn.at(whole.intermediate))
-    phase = Phase(heads, ffn, max(rest, 0.0), {n: s.as_dict() for n, s in spreads.items()}, {})
+    phase = Phase(heads, ffn, max(rest, 0.0), {n: s.as_dict() for n, s in spreads.items()}, {},
+                  queries)
     return replace(phase, check={
         "kv_heads": joint.kv_heads, "intermediate": joint.intermediate,
         "predicted": phase.cost.whole([joint] * depth), "measured": spreads["check"].low})

@@ -2,7 +2,7 @@
 
 FLOPs are two per multiply-add of matrix products, as torch.utils.flop_counter counts them: norms,
 activations, softmax and biases are left out, and attention scores are counted whole, not just
-their causal half. Parts are named "heads" (a block's attention, by KV heads) and "ffn" (by
+their causal half. Parts are named "heads" (a block's attention, by `Heads`) and "ffn" (by
 channels). T tokens, D hidden size.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.families import Architecture, BlockWidths, Heads, Width
 
-PartCost = Callable[[int, str, int], float]  # block, part, width → cost; 0 where it is removed
+PartCost = Callable[[int, str, Width], float]  # block, part, width → cost; 0 where it is removed
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,25 @@ class Cost:
     rest: float = 0.0
 
     def whole(self, widths: Sequence[BlockWidths]) -> float:
-        return self.rest + sum(self.part(i, "heads", w.kv_heads) + self.part(i, "ffn",
-                                                                             w.intermediate)
-                               for i, w in enumerate(widths))
-
-
-def part_of(arch: Architecture, block: int, part: str, width: int) -> BlockWidths:
-    """A block that is nothing but one part at a width."""
-    group = arch.blocks[block].group
-    return BlockWidths(width * group, width, 0) if part == "heads" else BlockWidths(0, 0, width)
+        return self.rest + sum(self.part(i, part, w.of(part)) for i, w in enumerate(widths)
+                               for part in ("heads", "ffn"))
 
 
 def parameters(arch: Architecture) -> Cost:
     """Parameters of the blocks."""
     return Cost(lambda block, part, width: arch.block_parameters(
-        block, part_of(arch, block, part, width)))
+        block, BlockWidths(0, 0, 0).having(width)))
 
 
 def flops(arch: Architecture, new: int, past: int = 0) -> Cost:
     """FLOPs of the blocks for `new` tokens of one sequence that see `past` earlier ones and each
     other."""
 
-    def part(block: int, part: str, width: int) -> float:
-        if part == "ffn":
+    def part(block: int, part: str, width: Width) -> float:
+        if not isinstance(width, Heads):
             return 6 * new * arch.hidden * width
-        heads = width * arch.blocks[block].group
-        projections = 2 * new * arch.hidden * arch.head_dim * 2 * (heads + width)
-        return projections + 4 * new * (past + new) * arch.head_dim * heads
+        projections = 2 * new * arch.hidden * arch.head_dim * 2 * (width.total + width.kv)
+        return projections + 4 * new * (past + new) * arch.head_dim * width.total
 
     return Cost(part)
 
@@ -69,7 +61,7 @@ def memory(arch: Architecture, value: int, cached_tokens: int = 0, cache_value: 
     inside = parameters(arch)
     outside = arch.parameters() - inside.whole(arch.blocks)
     return Cost(lambda block, part, width: value * inside.part(block, part, width)
-                + cache * width * (part == "heads"), value * outside)
+                + (cache * width.kv if isinstance(width, Heads) else 0), value * outside)
 
 
 def read_per_step(arch: Architecture, value: int, batch: int, context: int) -> float:

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bipdeploy.errors import InputError, did_you_mean
 from bipdeploy.recipe.figures import compared
@@ -76,6 +76,21 @@ def _is_another(name: str) -> bool:
     return bool(name) and any((Path(place) / "models" / name).is_dir() for place in places or ())
 
 
+class Heads(NamedTuple):
+    """The width of an attention: its KV heads, and the query heads of each. Zeros: it is gone."""
+
+    kv: int
+    queries: int
+
+    @property
+    def total(self) -> int:
+        """Query heads in all."""
+        return self.kv * self.queries
+
+
+Width = int | Heads  # of one part of a block: channels of its FFN, or heads of its attention
+
+
 @dataclass(frozen=True)
 class BlockWidths:
     """The prunable widths of one transformer block. Zero heads or channels: a part is removed."""
@@ -88,6 +103,20 @@ class BlockWidths:
     def group(self) -> int:
         """Query heads per KV head; 0 where the block has no attention."""
         return self.heads // self.kv_heads if self.kv_heads else 0
+
+    @property
+    def attention(self) -> Heads:
+        return Heads(self.kv_heads, self.group)
+
+    def having(self, width: Width) -> BlockWidths:
+        """The same with another attention or another number of channels."""
+        if isinstance(width, Heads):
+            return BlockWidths(width.total, width.kv, self.intermediate)
+        return BlockWidths(self.heads, self.kv_heads, width)
+
+    def of(self, part: str) -> Width:
+        """The width of a part: "heads" or "ffn"."""
+        return self.attention if part == "heads" else self.intermediate
 
 
 @dataclass(frozen=True)
@@ -116,7 +145,8 @@ class Architecture:
         return max(max(w.intermediate, w.heads * self.head_dim) for w in self.blocks)
 
     def kv_group_parameters(self, block: int, group: int | None = None) -> int:
-        """Parameters of one KV head with its query heads: rows of q, k, v and columns of o."""
+        """Parameters of one KV head with its query heads, all or `group` of them: rows of q, k, v
+        and columns of o."""
         queries = self.blocks[block].group if group is None else group
         rows = (queries + 2) * self.head_dim
         return rows * (self.hidden + self.qkv_bias) + queries * self.head_dim * self.hidden

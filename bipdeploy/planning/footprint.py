@@ -77,7 +77,7 @@ def writes(s: Sizes) -> dict[str, float]:
         export += graph + sum(graph / value * {"int4": 0.65}.get(kind, 1.1)
                               + (value - 1) * s.pruned.vocabulary * s.pruned.hidden
                               for kind in onnx.quantize)
-    groups = sum(w.kv_heads + w.intermediate for w in s.dense.blocks)
+    groups = sum(w.kv_heads + w.heads + w.intermediate for w in s.dense.blocks)
     # A round's model, sliced and repaired, lies there until the last.
     rounds = 1 + 2 * (recipe.prune.layers == "searched" and recipe.prune.search.rounds > 1)
     return {"score": 4 * groups + _OTHER, "prune": rounds * weights + _OTHER,

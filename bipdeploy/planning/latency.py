@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bipdeploy.model.cost import Cost
-from bipdeploy.model.families import Architecture
+from bipdeploy.model.families import Architecture, Heads, Width
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.running import artifacts, machine
 
@@ -55,7 +55,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Phase:
-    """Times of one phase. `rest`: all that no width changes (embeddings, norm, head, the loop).
+    """Times of one phase. `heads`: by KV heads with all query heads of each; `queries`: with all KV
+    heads by the query heads of each, None where it was not asked for. `rest`: all that no width
+    changes (embeddings, norm, head, the loop).
 
     `times`: seconds of each whole model that was timed: median, low, high (quartiles).
     """
@@ -65,11 +67,21 @@ class Phase:
     rest: float
     times: dict[str, dict[str, float]]
     check: dict[str, float]  # a model pruned in both parts at once: predicted and measured seconds
+    queries: Curve | None = None
 
     @property
     def cost(self) -> Cost:
-        at = cache(lambda part, width: getattr(self, part).at(width))
-        return Cost(lambda _, part, width: at(part, width), self.rest)
+        at = cache(self._seconds)
+        return Cost(lambda _, part, width: at(width), self.rest)
+
+    def _seconds(self, width: Width) -> float:
+        """Seconds of a part. Of an attention with fewer KV heads and fewer query heads of each:
+        both savings one on the other."""
+        if not isinstance(width, Heads):
+            return self.ffn.at(width)
+        whole = self.queries.at(self.queries.widths[-1]) if self.queries else 0.0
+        share = self.queries.at(width.queries) / whole if self.queries and whole else 1.0
+        return self.heads.at(width.kv) * share
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,9 @@ class Table:
 
 
 def key(config: Mapping[str, Any], arch: Architecture, section: ModelSection, batch: int,
-        context: int) -> dict[str, Any]:
-    """All that times depend on: hardware, versions, type, threads, shape, batch, context."""
+        context: int, queries: bool = False) -> dict[str, Any]:
+    """All that times depend on: hardware, versions, type, threads, shape, batch, context; and
+    whether fewer query heads are timed too."""
     environment = machine.environment()
     hardware = environment["hardware"]
     shape = {**asdict(arch), "family": arch.family.model_type,
@@ -102,7 +115,8 @@ def key(config: Mapping[str, Any], arch: Architecture, section: ModelSection, ba
             else section.device, "dtype": section.dtype,
             "stored": str(config.get("dtype") or config.get("torch_dtype")),
             "threads": os.environ.get("OMP_NUM_THREADS") or str(hardware["cores"]),
-            "shape": shape, "batch": batch, "context": context}
+            "shape": shape, "batch": batch, "context": context,
+            **({"queries": True} if queries else {})}
 
 
 def folder(given: Path | None = None) -> Path:
@@ -117,8 +131,8 @@ def lookup(wanted: Mapping[str, Any], where: Path | None = None) -> Table | None
     """The cached table of a key, or None where there is none that can be read."""
     try:
         data = json.loads(_path(wanted, where).read_text(encoding="utf-8"))
-        phases = {name: Phase(**{**p, "heads": Curve(**_points(p["heads"])),
-                                 "ffn": Curve(**_points(p["ffn"]))})
+        phases = {name: Phase(**{**p, **{part: Curve(**_points(p[part])) for part in (
+            "heads", "ffn", "queries") if p.get(part)}})
                   for name, p in data["phases"].items()}
         table = Table(**{**data, "phases": phases})
     except (OSError, ValueError, TypeError, KeyError):

@@ -15,11 +15,12 @@ from typing import Any
 
 from bipdeploy.model import sources
 from bipdeploy.model.checkpoint import Checkpoint, read_config
-from bipdeploy.model.families import Architecture, BlockWidths, architecture
+from bipdeploy.model.families import Architecture, BlockWidths, Width, architecture
 from bipdeploy.model.formats import biased_config, pruned_config
 from bipdeploy.planning import latency, targets
 from bipdeploy.planning.targets import TARGETS, Target, Widths
-from bipdeploy.pruning.allocation import part_widths, possible_widths, uniform_widths
+from bipdeploy.pruning.allocation import part_widths, uniform_widths
+from bipdeploy.pruning.choices import possible_widths
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recipe import Recipe
 
@@ -84,7 +85,7 @@ class Resolved:
                                     tensor_parallel=self.parallel))
 
     @cached_property
-    def allowed(self) -> Callable[[int, str], list[int]]:
+    def allowed(self) -> Callable[[int, str], list[Width]]:
         """The widths that a part ("heads", "ffn") of a block may have."""
         return part_widths(self.architecture, self.section, tensor_parallel=self.parallel)
 
@@ -159,7 +160,8 @@ def _resolved(recipe: Recipe, config: Mapping[str, Any], folder: Path | None,
               arch: Architecture) -> Resolved:
     recipe = _with_text(recipe, arch)
     asked = recipe.prune.target
-    times = (latency.key(config, arch, recipe.model, asked.batch, asked.tokens)
+    times = (latency.key(config, arch, recipe.model, asked.batch, asked.tokens,
+                         recipe.prune.query_heads)
              if asked and "times" in TARGETS[asked.kind].needs else None)
     return Resolved(recipe, config, folder, arch, times, latency.lookup(times) if times else None)
 

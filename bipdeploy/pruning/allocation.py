@@ -8,38 +8,18 @@ groups of each block at its width. No torch here: scores are plain sequences of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import inf, lcm
+from math import inf
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
 from bipdeploy.errors import InputError
-from bipdeploy.model.families import Architecture, BlockWidths
-from bipdeploy.pruning.depth import Influence, dropped, largest_part, unprotected
-from bipdeploy.pruning.divisibility import counted, kv_head_counts, require_parallel
+from bipdeploy.model.families import Architecture, BlockWidths, Heads, Width
+from bipdeploy.pruning.choices import Choices, choices_of, ladder, least, with_heads
+from bipdeploy.pruning.depth import Influence, dropped, largest_part
+from bipdeploy.pruning.divisibility import counted
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.recipe.prune import PruneSection
-
-
-@dataclass(frozen=True)
-class BlockScores:
-    """Scores of one block's KV groups and FFN channels; higher is kept."""
-
-    heads: Sequence[float]
-    ffn: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Indices that stay in one block, ascending: KV groups and FFN channels."""
-
-    groups: tuple[int, ...]
-    channels: tuple[int, ...]
-
-    def then(self, inner: Kept) -> Kept:
-        """What stays of these once `inner`, which counts within them, is what stays."""
-        return Kept(tuple(self.groups[i] for i in inner.groups),
-                    tuple(self.channels[i] for i in inner.channels))
 
 
 class _Step(NamedTuple):
@@ -48,18 +28,6 @@ class _Step(NamedTuple):
     importance: float
     block: int
     size: int
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """The widths that unprotected blocks may have."""
-
-    groups: dict[int, list[int]]  # numbers of KV heads by block, ascending from 0
-    unit: int  # of FFN channels
-
-    @property
-    def blocks(self) -> list[int]:
-        return list(self.groups)
 
 
 def allocate(arch: Architecture, section: PruneSection, scores: Sequence[BlockScores], *,
@@ -80,34 +48,36 @@ def uniform_widths(arch: Architecture, section: PruneSection, *, tensor_parallel
                    influence: Sequence[Influence] | None = None) -> list[BlockWidths]:
     """The same share of heads and of channels in every unprotected block that depth leaves.
 
-    KV groups are rounded to the nearest number that divides for tensor parallelism and from which
-    FFN channels can meet the rest of the budget; these then meet it to within one rounding unit
-    of every block. Without `influence` other parts are dropped, and as many. Raises InputError
+    Heads are rounded to the nearest that divide for tensor parallelism and from which FFN channels
+    can meet the rest of the budget; these then meet it to within one rounding unit of every block.
+    Where query heads may leave, nearest is what has the nearest number of parameters, see
+    `choices.ladder`. Without `influence` other parts are dropped, and as many. Raises InputError
     where the ratio is more than can be removed.
     """
     dense, arch = arch, dropped(arch, section, influence)
-    choices = _choices(arch, section, tensor_parallel)
+    choices = choices_of(arch, section, tensor_parallel)
     budget, share = _budget(dense, arch, section, choices)
     widths = list(arch.blocks)
     if section.heads:
-        start = {i: _nearest(counts, arch.blocks[i].kv_heads * (1 - share))
-                 for i, counts in choices.groups.items()}
+        ladders = {i: ladder(arch, i, own) for i, own in choices.heads.items()}
+        start = {i: _nearest(own, _wanted(arch, i, section, share)) for i, own in ladders.items()}
+        steps = {i: list(own.values()) for i, own in ladders.items()}
 
-        def groups(fewer: int) -> dict[int, int]:
-            return {i: counts[min(len(counts) - 1, max(start[i] - fewer, min(1, len(counts) - 1)))]
-                    for i, counts in choices.groups.items()}
+        def heads(fewer: int) -> dict[int, Heads]:
+            return {i: own[min(len(own) - 1, max(start[i] - fewer, min(1, len(own) - 1)))]
+                    for i, own in steps.items()}
 
-        most = max(map(len, choices.groups.values()))
-        fewer = _fitting(0, -most, most, lambda n: _removed(arch, _with_groups(arch, groups(n))),
+        most = max(map(len, steps.values()))
+        fewer = _fitting(0, -most, most, lambda n: _removed(arch, with_heads(arch, heads(n))),
                          budget, _ffn_capacity(arch, section, choices))
-        widths = _with_groups(arch, groups(fewer))
+        widths = with_heads(arch, heads(fewer))
     if section.ffn:
         rest = budget - _removed(arch, widths)
         channels = sum(arch.blocks[i].intermediate for i in choices.blocks)
         kept_share = 1 - rest / arch.channel_parameters() / channels if channels else 1.0
         for i in choices.blocks:
-            width = _rounded(arch.blocks[i].intermediate, kept_share, choices.unit)
-            widths[i] = BlockWidths(widths[i].heads, widths[i].kv_heads, width)
+            widths[i] = widths[i].having(
+                _rounded(arch.blocks[i].intermediate, kept_share, choices.unit))
     return widths
 
 
@@ -124,7 +94,7 @@ def global_widths(arch: Architecture, section: PruneSection, scores: Sequence[Bl
     can be removed.
     """
     whole, arch = arch, dropped(arch, section, influence)
-    choices = _choices(arch, section, tensor_parallel)
+    choices = choices_of(arch, section, tensor_parallel)
     budget, share = _budget(whole, arch, section, choices)
     widths = list(arch.blocks)
     unit, weight = choices.unit, arch.channel_parameters()
@@ -139,7 +109,12 @@ def global_widths(arch: Architecture, section: PruneSection, scores: Sequence[Bl
         dense = {i: arch.blocks[i].kv_heads for i in choices.blocks}
         steps = _steps(_scaled({i: scores[i].heads for i, n in dense.items() if n}, comparable,
                                one_scale),
-                       {i: counts[:0:-1] for i, counts in choices.groups.items()})
+                       {i: [own.kv for own in choices.heads[i][:0:-1]] for i in dense})
+
+        def left_of(count: int) -> dict[int, Heads]:
+            return {i: Heads(kv, arch.blocks[i].group if kv else 0)
+                    for i, kv in _after(dense, steps[:count]).items()}
+
         left = list(accumulate((step.size for step in steps), initial=0))
         wanted = round(share * sum(dense.values()))
         start = min(range(len(left)), key=lambda n: abs(left[n] - wanted))
@@ -148,14 +123,14 @@ def global_widths(arch: Architecture, section: PruneSection, scores: Sequence[Bl
                 arch.kv_group_parameters(step.block) if of_heads else weight))
         count = _fitting(
             start, 0, len(steps),
-            lambda n: _removed(arch, _with_groups(arch, _after(dense, steps[:n]))), budget,
+            lambda n: _removed(arch, with_heads(arch, left_of(n))), budget,
             _ffn_capacity(arch, section, choices))
-        widths = _with_groups(arch, _after(dense, steps[:count]))
+        widths = with_heads(arch, left_of(count))
     if section.ffn:
         count = _nearing([step.size * weight for step in narrower],
                          budget - _removed(arch, widths))
         for i, width in _after(channels, narrower[:count]).items():
-            widths[i] = BlockWidths(widths[i].heads, widths[i].kv_heads, width)
+            widths[i] = widths[i].having(width)
     return widths
 
 
@@ -179,60 +154,31 @@ def _nearing(sizes: Sequence[int], budget: float) -> int:
     return len(sizes)
 
 
-def possible_widths(arch: Architecture, section: PruneSection, *,
-                    tensor_parallel: int = 1) -> list[BlockWidths]:
-    """Widths of single blocks that stand for all that scores may lead to.
-
-    A number that divides all of these divides every outcome: of the FFN widths only one rounding
-    unit and the dense width are listed, since the others are multiples.
-    """
-    choices = _choices(arch, section, tensor_parallel)
-    found = []
-    for i, dense in enumerate(arch.blocks):
-        groups, channels = [dense.kv_heads], {dense.intermediate}
-        if i in choices.groups and section.heads:
-            groups = choices.groups[i][1:] or groups
-        if i in choices.groups and section.ffn:
-            channels.add(min(choices.unit, dense.intermediate))
-        found += [BlockWidths(k * dense.group, k, c) for k in groups for c in sorted(channels)]
-    return found
-
-
 def narrowest(arch: Architecture, section: PruneSection, *, tensor_parallel: int = 1,
               influence: Sequence[Influence] | None = None) -> list[BlockWidths]:
     """The least that may stay of every block, once depth has dropped what it drops."""
     arch = dropped(arch, section, influence)
-    return _least(arch, section, _choices(arch, section, tensor_parallel))
+    return least(arch, section, choices_of(arch, section, tensor_parallel))
 
 
 def part_widths(arch: Architecture, section: PruneSection, *, tensor_parallel: int = 1
-                ) -> Callable[[int, str], list[int]]:
-    """The widths that a part ("heads", in KV heads, or "ffn", in channels) of a block may have,
-    ascending; just the dense one where it is not pruned. Raises InputError as `uniform_widths`."""
-    choices = _choices(arch, section, tensor_parallel)
+                ) -> Callable[[int, str], list[Width]]:
+    """The widths that a part ("heads" or "ffn") of a block may have, ascending; just the dense one
+    where it is not pruned. Raises InputError as `uniform_widths`."""
+    choices = choices_of(arch, section, tensor_parallel)
     if section.ratio is not None:  # planning/targets.py refuses what is too much of another budget
         _budget(arch, arch, section, choices)
 
-    def widths(block: int, part: str) -> list[int]:
+    def widths(block: int, part: str) -> list[Width]:
         dense = arch.blocks[block]
         if part == "heads":
-            allowed = choices.groups.get(block, [])[1:] if section.heads else []
-            return allowed or [dense.kv_heads]
-        allowed = (list(range(choices.unit, dense.intermediate, choices.unit))
-                   if section.ffn and block in choices.groups else [])
-        return [*allowed, dense.intermediate]
+            allowed = choices.heads.get(block, [])[1:] if section.heads else []
+            return [*allowed] or [dense.attention]
+        narrower = (range(choices.unit, dense.intermediate, choices.unit)
+                    if section.ffn and block in choices.heads else ())
+        return [*narrower, dense.intermediate]
 
     return widths
-
-
-def keep(scores: BlockScores, widths: BlockWidths) -> Kept:
-    """The best groups and channels of a block at the given widths; ties go to the lower index."""
-    return Kept(_best(scores.heads, widths.kv_heads), _best(scores.ffn, widths.intermediate))
-
-
-def _best(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    return tuple(sorted(order[:count]))
 
 
 def _steps(scores: Mapping[int, Sequence[float]],
@@ -264,9 +210,21 @@ def _after(dense: Mapping[int, int], steps: Iterable[_Step]) -> dict[int, int]:
     return sizes
 
 
-def _nearest(counts: Sequence[int], wanted: float) -> int:
-    """Index of the count that is nearest to `wanted`; as `round` has it, a tie goes to even."""
-    return min(range(len(counts)), key=lambda n: (abs(counts[n] - wanted), counts[n] % 2))
+def _wanted(arch: Architecture, block: int, section: PruneSection, share: float) -> float:
+    """What is to stay of a block's attention once a share of what may leave has left, in the
+    parameters of a KV head with all its query heads."""
+    kv_heads = arch.blocks[block].kv_heads
+    stays = 0.0
+    if section.heads == "query" and kv_heads:
+        stays = kv_heads * arch.kv_group_parameters(block, 0) / arch.kv_group_parameters(block)
+    return stays + (kv_heads - stays) * (1 - share)
+
+
+def _nearest(ladder: Mapping[float, Heads], wanted: float) -> int:
+    """Index of the heads whose size is nearest to `wanted`; as `round` has it, a tie goes to even
+    KV heads."""
+    distances = [(abs(size - wanted), heads.kv % 2) for size, heads in ladder.items()]
+    return distances.index(min(distances))
 
 
 def _fitting(start: int, least: int, most: int, removed: Callable[[int], int], budget: float,
@@ -281,12 +239,6 @@ def _fitting(start: int, least: int, most: int, removed: Callable[[int], int], b
         while start < most and removed(start) + capacity < budget:
             start += 1
     return start
-
-
-def _with_groups(arch: Architecture, groups: dict[int, int]) -> list[BlockWidths]:
-    """The dense widths with other numbers of KV groups in some blocks."""
-    return [BlockWidths(groups[i] * w.group, groups[i], w.intermediate) if i in groups else w
-            for i, w in enumerate(arch.blocks)]
 
 
 def _scaled(scores: Mapping[int, Sequence[float]], comparable: bool,
@@ -310,8 +262,10 @@ def _standardised(scores: Sequence[float]) -> list[float]:
 
 def _prunable(arch: Architecture, block: int, section: PruneSection) -> int:
     dense = arch.blocks[block]
-    heads = dense.kv_heads * arch.kv_group_parameters(block) if dense.kv_heads else 0
-    return heads * section.heads + dense.intermediate * arch.channel_parameters() * section.ffn
+    heads = dense.kv_heads * arch.kv_group_parameters(block) if section.heads else 0
+    if section.heads == "query":
+        heads -= dense.kv_heads * arch.kv_group_parameters(block, 0)
+    return heads + dense.intermediate * arch.channel_parameters() * section.ffn
 
 
 def _removed(arch: Architecture, widths: Sequence[BlockWidths]) -> int:
@@ -331,23 +285,7 @@ def _rounded(dense: int, share: float, unit: int) -> int:
     return multiple
 
 
-def _choices(arch: Architecture, section: PruneSection, tensor_parallel: int) -> _Choices:
-    """What divides by `tensor_parallel`. Raises InputError where the dense model does not."""
-    inner = unprotected(arch, section)
-    require_parallel(arch, tensor_parallel)
-    return _Choices({i: kv_head_counts(arch.blocks[i], tensor_parallel) for i in inner},
-                    lcm(section.round_to, tensor_parallel))
-
-
-def _least(arch: Architecture, section: PruneSection, choices: _Choices) -> list[BlockWidths]:
-    """Every block's fewest KV groups and one rounding unit of channels, of what is pruned."""
-    fewest = {i: counts[:2][-1] for i, counts in choices.groups.items() if section.heads}
-    return [BlockWidths(w.heads, w.kv_heads, min(choices.unit, w.intermediate))
-            if section.ffn and i in choices.groups else w
-            for i, w in enumerate(_with_groups(arch, fewest))]
-
-
-def _ffn_capacity(arch: Architecture, section: PruneSection, choices: _Choices) -> int | None:
+def _ffn_capacity(arch: Architecture, section: PruneSection, choices: Choices) -> int | None:
     """Parameters that FFN channels can give up; None where they are not pruned."""
     if not section.ffn:
         return None
@@ -356,11 +294,11 @@ def _ffn_capacity(arch: Architecture, section: PruneSection, choices: _Choices) 
 
 
 def _budget(dense: Architecture, arch: Architecture, section: PruneSection,
-            choices: _Choices) -> tuple[float, float]:
+            choices: Choices) -> tuple[float, float]:
     """Parameters to remove from what depth left (`arch`) of `dense`, and as a share of all that
     is pruned. Raises InputError for too many.
 
-    Every block keeps its fewest KV groups and one rounding unit of channels.
+    Every block keeps its fewest heads and one rounding unit of channels.
     """
     total = sum(dense.block_parameters(i) for i in range(len(dense.blocks)))
     gone = _removed(dense, arch.blocks)
@@ -370,10 +308,10 @@ def _budget(dense: Architecture, arch: Architecture, section: PruneSection,
         _require_depth(section, gone / total, largest_part(dense, arch) / total)
         if not (section.heads or section.ffn):
             return 0.0, 0.0
-    least = _least(arch, section, choices)
-    most = _removed(arch, least)
+    fewest = least(arch, section, choices)
+    most = _removed(arch, fewest)
     if budget > most * (1 + 1e-9):
-        heads = max(1, *(least[i].kv_heads for i in choices.blocks))
+        heads = max(1, *(fewest[i].kv_heads for i in choices.blocks))
         raise InputError(
             f"prune.ratio: {section.ratio:g} would leave a block without heads or FFN channels: "
             f"{len(choices.blocks)} of {len(arch.blocks)} blocks may be pruned, each keeps "

@@ -24,14 +24,14 @@ import torch
 from bipdeploy.model import finite
 from bipdeploy.model.activations import Batches, Keep, replace
 from bipdeploy.model.blocks import Block, BlockWalker
-from bipdeploy.model.families import BlockWidths
-from bipdeploy.pruning.allocation import BlockScores
-from bipdeploy.pruning.allocation import keep as best
+from bipdeploy.model.families import BlockWidths, Heads, Width
+from bipdeploy.pruning.kept import BlockScores
+from bipdeploy.pruning.kept import keep as best
 from bipdeploy.pruning.refit import RidgeProblem, best_ridge
 from bipdeploy.pruning.search import Curve
 from bipdeploy.pruning.slicing import expand
 
-Widths = Callable[[int, str], Sequence[int]]
+Widths = Callable[[int, str], Sequence[Width]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measured(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], wid
     curves: list[Curve] = []
     count = len(text.judged)
     dense = walker.embed(text.batches, keep)
-    carried: list[tuple[Curve, int, Batches]] = []
+    carried: list[tuple[Curve, Width, Batches]] = []
     for index, block in enumerate(walker.blocks(text.length)):
         for _, _, hidden in carried:
             replace(hidden, block)
@@ -125,7 +125,7 @@ def sensed(walker: BlockWalker, text: Text, scores: Sequence[BlockScores], width
     common, and with it most of the noise of few draws. One walk forwards, which keeps the input of
     every block, and one back; a variant costs its own product.
     """
-    found: dict[tuple[int, str, int], float] = {}
+    found: dict[tuple[int, str, Width], float] = {}
     curves: list[Curve] = []
     for index, block, fitted, sensings in backwards(walker, text, seed, advance, keep, draws):
         projections = {name: block.output if name == "heads" else block.down for name in sensings}
@@ -236,16 +236,16 @@ class Part:
     def __init__(self, walker: BlockWalker, index: int, name: str, projection: torch.nn.Linear,
                  scores: BlockScores, text: Text):
         own = walker.architecture.blocks[index]
-        self.dense = own.kv_heads if name == "heads" else own.intermediate
-        self._size = projection.in_features // self.dense
-        self._name, self._projection, self._scores = name, projection, scores
+        self.dense = own.of(name)
+        self._group, self._head_dim = own.group, walker.architecture.head_dim
+        self._projection, self._scores = projection, scores
         self._ridge, self._unheld = text.ridge, len(text.fitted) - text.held
         self._problem = RidgeProblem(projection.weight)
         self._held = RidgeProblem(projection.weight) if text.held else None
 
-    def below(self, widths: Sequence[int]) -> list[int]:
+    def below(self, widths: Sequence[Width]) -> list[Width]:
         """The widths that are not the dense one."""
-        return [width for width in widths if width < self.dense]
+        return [width for width in widths if width != self.dense]
 
     def fit(self, inputs: torch.Tensor) -> None:
         """Take in the projection's inputs [B, T, K] on the next of the batches that refits see."""
@@ -255,9 +255,9 @@ class Part:
         problem.see(inputs, torch.nn.functional.linear(inputs, self._projection.weight))
         self._unheld -= 1
 
-    def reduced(self, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def reduced(self, width: Width) -> Callable[[torch.Tensor], torch.Tensor]:
         """What the projection gives from its best inputs, refitted to what it gave from all."""
-        if not width:
+        if width in (0, Heads(0, 0)):
             return lambda z: z.new_zeros((*z.shape[:-1], self._projection.out_features))
         columns, weight = self._columns(width), self._projection.weight
         if self._ridge is None:
@@ -267,24 +267,30 @@ class Part:
         bias = self._projection.bias
         return lambda z: torch.nn.functional.linear(z[..., columns], weight, bias)
 
-    def _columns(self, width: int) -> torch.Tensor:
+    def _columns(self, width: Width) -> torch.Tensor:
         """The inputs that stay at a width."""
-        heads = self._name == "heads"
-        kept = best(self._scores, BlockWidths(0, width, 0) if heads else BlockWidths(0, 0, width))
-        return expand(kept.groups if heads else kept.channels, self._size).to(
-            self._projection.weight.device)
+        kept = best(self._scores, BlockWidths(0, 0, 0).having(width))
+        columns = (expand(kept.query_heads(self._group), self._head_dim)
+                   if isinstance(width, Heads) else expand(kept.channels, 1))
+        return columns.to(self._projection.weight.device)
 
     def _chosen_ridge(self) -> float:
         """The ridge of all refits, chosen at the first; they are then fitted to all batches."""
         assert self._ridge is not None
         if self._held is not None:
-            columns = self._columns(max(self.dense // 2, 1))
+            columns = self._columns(_half(self.dense))
             self._ridge = best_ridge(self._problem.restricted(columns),
                                      self._held.restricted(columns))
             self._problem.absorb(self._held)
             self._held = None
         assert self._ridge != "auto"
         return self._ridge
+
+
+def _half(width: Width) -> Width:
+    if isinstance(width, Heads):
+        return Heads(max(width.kv // 2, 1), width.queries)
+    return max(width // 2, 1)
 
 
 def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -294,7 +300,7 @@ def divergence(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _filled(walker: BlockWalker, text: Text, curves: list[Curve],
-            found: dict[tuple[int, str, int], float]) -> list[Curve]:
+            found: dict[tuple[int, str, Width], float]) -> list[Curve]:
     """The curves with what was found, per token; a width that was not tried is the dense one."""
     tokens = sum(batch.numel() for batch in text.judged)
     for curve in curves:

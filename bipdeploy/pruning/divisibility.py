@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bipdeploy.errors import InputError
-from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.families import Architecture, BlockWidths, Heads
 
 _USUAL = (1, 2, 4, 8, 16)
 
@@ -28,10 +28,17 @@ def _faults(w: BlockWidths, parallel: int) -> Iterator[str]:
         yield counted(w.intermediate, "channel")
 
 
-def kv_head_counts(dense: BlockWidths, parallel: int) -> list[int]:
-    """The numbers of KV heads that may stay of a block's, ascending from 0 (attention removed)."""
-    return [k for k in range(dense.kv_heads + 1)
-            if not any(_faults(BlockWidths(k * dense.group, k, 0), parallel))]
+def head_choices(dense: BlockWidths, parallel: int, leaving: str = "kv") -> list[Heads]:
+    """What may stay of a block's attention, fewest query heads first, from none (it is removed).
+
+    `leaving`: "kv" heads with their query heads, "query" heads from every KV head alike, or "both".
+    """
+    kv_heads = [dense.kv_heads] if leaving == "query" else range(1, dense.kv_heads + 1)
+    queries = [dense.group] if leaving == "kv" else range(1, dense.group + 1)
+    found = [Heads(k, q) for k in kv_heads for q in queries if k and q]
+    return [Heads(0, 0), *sorted(
+        (own for own in found if not any(_faults(BlockWidths(own.total, own.kv, 0), parallel))),
+        key=lambda own: (own.total, own.kv))]
 
 
 def group_faults(arch: Architecture, widths: Sequence[BlockWidths], group: int,

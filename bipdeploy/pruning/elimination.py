@@ -32,7 +32,7 @@ def costs(gram_KK: torch.Tensor, weight_DK: torch.Tensor, size: int = 1, *,
     found = torch.zeros(count, dtype=torch.float64)
     left, highest = torch.arange(count, device=gram_KK.device), 0.0
     while len(left):
-        own = _diagonal_blocks(inverse, size)
+        own = diagonal_blocks(inverse, size)
         parts = weight_KD.reshape(len(left), size, -1)
         # For single inputs the systems are numbers, and on a CPU a division is far faster.
         solved = parts / own if size == 1 else torch.linalg.solve(own, parts)
@@ -63,7 +63,7 @@ def _damped_inverse(gram_KK: torch.Tensor, ridge: float) -> torch.Tensor:
     return torch.cholesky_inverse(damped)
 
 
-def _diagonal_blocks(matrix_KK: torch.Tensor, size: int) -> torch.Tensor:
+def diagonal_blocks(matrix_KK: torch.Tensor, size: int) -> torch.Tensor:
     """The blocks [K / size, size, size] on the diagonal."""
     count = len(matrix_KK) // size
     return matrix_KK.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

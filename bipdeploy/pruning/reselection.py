@@ -13,9 +13,9 @@ from bipdeploy.model.activations import Batches
 from bipdeploy.model.blocks import Block
 from bipdeploy.model.families import BlockWidths
 from bipdeploy.pruning import elimination
-from bipdeploy.pruning.allocation import BlockScores, Kept, keep
 from bipdeploy.pruning.criteria.llm_bip import output_gain
 from bipdeploy.pruning.criteria.statistics import inverse_rms
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.pruning.refit import RidgeProblem
 from bipdeploy.pruning.slicing import expand
 

@@ -7,21 +7,22 @@ from collections.abc import Mapping
 import torch
 
 from bipdeploy.model.families import Architecture
-from bipdeploy.pruning.allocation import Kept
+from bipdeploy.pruning.kept import Kept
 
 
 def slice_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: int,
                 kept: Kept) -> dict[str, torch.Tensor]:
-    """The tensors of a block with only the kept KV groups and channels.
+    """The tensors of a block with only the kept KV groups, query heads and channels.
 
-    A KV group leaves with its query heads: rows of q, k and v (and their biases), columns of o.
+    A KV group leaves with its query heads: rows of q, k and v (and their biases), columns of o. A
+    query head that leaves alone takes rows of q and columns of o.
     A channel leaves as a row of gate and up and a column of down. Where nothing of a part is
     kept, all its tensors go. Names, types and the device are unchanged.
     """
     family, widths = arch.family, arch.blocks[block]
     device = next(iter(tensors.values())).device if tensors else None
     kv_rows = expand(kept.groups, arch.head_dim).to(device)
-    query_rows = expand(kept.groups, arch.head_dim * widths.group).to(device)
+    query_rows = expand(kept.query_heads(widths.group), arch.head_dim).to(device)
     channels = torch.tensor(kept.channels, dtype=torch.long, device=device)
     sliced = {}
     for name, tensor in tensors.items():
@@ -65,15 +66,15 @@ def add_biases(tensors: Mapping[str, torch.Tensor], arch: Architecture,
 
 def mask_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: int,
                kept: Kept) -> dict[str, torch.Tensor]:
-    """The same choice at full width: columns of o and down of the groups that leave are zero.
+    """The same choice at full width: columns of o and down of what leaves are zero.
 
-    The definition that `slice_block` must agree with: removing a group is zeroing what it adds.
+    The definition that `slice_block` must agree with: removing a head is zeroing what it adds.
     Where nothing of a part is kept, its output bias is zero too: the whole part adds nothing.
     """
     family, widths = arch.family, arch.blocks[block]
     masked = {name: tensor.clone() for name, tensor in tensors.items()}
     for names, indices in ((family.query_columns,
-                            expand(kept.groups, arch.head_dim * widths.group)),
+                            expand(kept.query_heads(widths.group), arch.head_dim)),
                            (family.ffn_columns, torch.tensor(kept.channels, dtype=torch.long))):
         for name in names:
             gone = torch.ones(masked[name].shape[1], dtype=torch.bool)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from bipdeploy.recipe.base import Section, Share
 from bipdeploy.recipe.names import Layers
 from bipdeploy.recipe.target import TargetSection
+
+Leaving = Literal["kv", "query", "both"]
+
+
+def _with_true(schema: dict[str, Any]) -> None:
+    """`true` is read as `kv`."""
+    del schema["anyOf"]
+    schema["enum"] = [*get_args(Leaving), True, False]
 
 
 class ProtectSection(Section):
@@ -73,8 +81,27 @@ class PruneSection(Section):
     round_to: PositiveInt = Field(
         128, description="FFN widths are multiples of this. 128 suits tensor cores at 7B; 8 suits "
         "tiny models.")
-    heads: bool = Field(True, description="Prune attention heads.")
+    heads: Leaving | Literal[False] = Field(
+        "kv", description="Which attention heads leave. `kv` (or `true`): KV heads with all their "
+        "query heads. `query`: query heads, as many from every KV head of a block; the KV cache "
+        "stays as large. `both`: either, in finer steps. `false`: none. Query heads need `layers` "
+        "uniform or searched.", json_schema_extra=_with_true)
     ffn: bool = Field(True, description="Prune FFN channels.")
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _heads(cls, value: object) -> object:
+        """`true` as what it means; one line for a wrong value, not one for each type."""
+        if value is True:
+            return "kv"
+        if value is not False and value not in get_args(Leaving):
+            raise ValueError(f"{value!r} is none of {', '.join(get_args(Leaving))}, true and false")
+        return value
+
+    @property
+    def query_heads(self) -> bool:
+        """Whether query heads may leave and their KV head stay."""
+        return self.heads in ("query", "both")
 
     @property
     def wanted(self) -> str:
@@ -102,6 +129,13 @@ class PruneSection(Section):
         if self.layers == "searched" and self.depth.any:
             raise ValueError("layers: searched chooses widths for all parts, and depth drops some "
                              "of them; set depth to 0, or layers to uniform, global or adaptive")
+        return self
+
+    @model_validator(mode="after")
+    def _query_heads(self) -> PruneSection:
+        if self.query_heads and self.layers in ("global", "adaptive"):
+            raise ValueError(f"layers: {self.layers} ranks whole KV heads, and heads is "
+                             f"{self.heads}; set heads to kv, or layers to uniform or searched")
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,11 @@ def run(job: Job) -> None:
             for s, w in zip(scores, arch.blocks, strict=False)):
         raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
                          "widths differ; score the model again")
+    if job.recipe.prune.query_heads and any(
+            len(s.queries) != w.heads for s, w in zip(scores, arch.blocks, strict=True)):
+        raise InputError(f"prune.heads: {job.recipe.prune.heads} needs the scores of query heads, "
+                         f"and those in {job.inputs['score']} are older; score the model again, or "
+                         "set prune.heads to kv")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     dense = profile.timed(job.dense, job.reporter)
     target, section = dense.target, job.recipe.prune
@@ -52,6 +57,7 @@ def run(job: Job) -> None:
                            if getattr(dense, width) and not getattr(own, width)]
                     for part, width in (("attention", "kv_heads"), ("ffn", "intermediate"))},
         "blocks": [{"heads": w.heads, "kv_heads": w.kv_heads, "intermediate": w.intermediate,
-                    "kept_groups": list(k.groups), "kept_channels": list(k.channels)}
+                    "kept_groups": list(k.groups), "kept_channels": list(k.channels),
+                    **({"kept_queries": list(map(list, k.queries))} if k.queries else {})}
                    for w, k in zip(widths, kept, strict=True)]})
     job.write_figures(figures | (target.figures(widths) if target else {}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -79,7 +78,8 @@ def refit(job: Job) -> dict[str, Any]:
             del block, stored, whole
             finite.require(f"outputs of block {index}, or its refit,", record.values(),
                            pruned.dtype)
-            errors.append({"block": index, **record, **(asdict(kept) if kept else {})})
+            again = {"groups": kept.groups, "channels": kept.channels} if kept else {}
+            errors.append({"block": index, **record, **again})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}
 

@@ -66,8 +66,9 @@ def _png(figure: Any) -> bytes:
 
 def _widths(blocks: list[dict[str, Any]]) -> bytes:
     figure, axes = _figure(2)
-    for axis, key, title in ((axes[0], "kv_heads", "KV heads kept"),
-                             (axes[1], "intermediate", "FFN channels kept")):
+    heads = (("heads", "query heads kept") if any("kept_queries" in b for b in blocks)
+             else ("kv_heads", "KV heads kept"))
+    for axis, key, title in ((axes[0], *heads), (axes[1], "intermediate", "FFN channels kept")):
         axis.bar(range(len(blocks)), [b[key] for b in blocks], color="#3b6ea5")
         axis.set(title=title, xlabel="block", ylim=(0, None))
     return _png(figure)

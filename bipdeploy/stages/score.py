@@ -20,12 +20,12 @@ from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import opened
 from bipdeploy.model.walk import require_agreement
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning.allocation import BlockScores
 from bipdeploy.pruning.criteria.gradients import blocks_backwards
 from bipdeploy.pruning.criteria.llm_bip import head_bound, measured_change, rank_correlation
 from bipdeploy.pruning.criteria.statistics import BlockView, Scores, Statistics
 from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.pruning.depth import Influence
+from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.running import artifacts
@@ -46,7 +46,7 @@ class Walked(NamedTuple):
 
 
 def run(job: Job) -> None:
-    """Write `scores.safetensors` (block.N.heads, .ffn, .influence) and `scores.json`."""
+    """Write `scores.safetensors` (block.N.heads, .ffn, .queries, .influence) and `scores.json`."""
     recipe = job.recipe
     walker = BlockWalker(job.dense.checkpoint, recipe.model)
     job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
@@ -67,10 +67,9 @@ def write(folder: Path, section: ScoreSection, walked: Walked,
     """Write what later stages read of one criterion."""
     criterion = CRITERIA[section.criterion]
     tensors: dict[str, torch.Tensor] = {}
-    for index, ((heads, ffn), influence) in enumerate(
-            zip(walked.scores, walked.influence, strict=True)):
-        tensors |= {f"block.{index}.heads": heads, f"block.{index}.ffn": ffn,
-                    f"block.{index}.influence": influence}
+    for index, (own, influence) in enumerate(zip(walked.scores, walked.influence, strict=True)):
+        tensors |= {f"block.{index}.{kind}": values for kind, values in own._asdict().items()}
+        tensors[f"block.{index}.influence"] = influence
     save_file(tensors, folder / SCORES)
     artifacts.write_json(folder / SUMMARY, {
         "criterion": section.criterion, "propagation": section.propagation,
@@ -161,7 +160,7 @@ def _backwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Seque
 
 def _scored(section: ScoreSection, view: BlockView, index: int, walker: BlockWalker) -> Scores:
     scores = CRITERIA[section.criterion].load()(view)
-    for kind, values in zip(("heads", "FFN channels"), scores, strict=True):
+    for kind, values in zip(("heads", "FFN channels", "query heads"), scores, strict=True):
         finite.require(f"the scores of block {index}'s {kind}", [values], walker.dtype)
     return scores
 
@@ -207,9 +206,11 @@ def _see(block: Block, statistics: Statistics, x: torch.Tensor) -> torch.Tensor:
 
 
 def read_scores(folder: Path) -> list[BlockScores]:
-    """The scores that the stage wrote, by block. Raises InputError where there are none."""
+    """The scores that the stage wrote, by block; older ones are without those of query heads.
+    Raises InputError where there are none."""
     blocks = _stored(folder)
-    return [BlockScores(blocks[f"block.{i}.heads"], blocks[f"block.{i}.ffn"])
+    return [BlockScores(blocks[f"block.{i}.heads"], blocks[f"block.{i}.ffn"],
+                        blocks.get(f"block.{i}.queries", ()))
             for i in range(_count(blocks))]
 
 

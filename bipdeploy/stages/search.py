@@ -18,12 +18,13 @@ from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model.activations import keeping
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.model.families import Architecture, BlockWidths
+from bipdeploy.model.families import Architecture, BlockWidths, Width
 from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning import curves as cost_curves
 from bipdeploy.pruning import search
-from bipdeploy.pruning.allocation import BlockScores, Kept, keep, part_widths
+from bipdeploy.pruning.allocation import part_widths
+from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.pruning.slicing import slice_block
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
@@ -47,7 +48,7 @@ def searched(job: Job, scores: Sequence[BlockScores]
             own = artifacts.read_json(job.inputs["curves"])
         else:
             own = curves_record(*measured_curves(job.recipe, model, scores, job.out, job.reporter))
-        curves = [search.Curve(**curve) for curve in own["curves"]]
+        curves = [search.Curve.read(curve, model.architecture) for curve in own["curves"]]
         widths = _solved(job, model, curves, number / rounds)
         divergences.append(search.predicted(curves, widths))
         if number == 1:
@@ -79,7 +80,7 @@ def _solved(job: Job, model: Checkpoint, curves: Sequence[search.Curve], part: f
     return search.solve(arch, curves, choices, total * (1 - dense.section.ratio * part))
 
 
-def _choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[int]]:
+def _choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[Width]]:
     # Whether the budget can be met is known of the dense model; a round's is another share.
     section = recipe.prune.model_copy(update={"ratio": None})
     return part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
@@ -121,7 +122,7 @@ def _scored(job: Job, model: Checkpoint) -> list[BlockScores]:
     with keeping(job.out, recipe.calibration.spill,
                  score.kept_bytes(walker, drawn, [recipe.score])) as kept:
         found = score.score_blocks(walker, drawn, recipe, job, kept)
-    return [BlockScores(heads.tolist(), ffn.tolist()) for heads, ffn in found.scores]
+    return [BlockScores(*(values.tolist() for values in own)) for own in found.scores]
 
 
 def measured_curves(recipe: Recipe, model: Checkpoint, scores: Sequence[BlockScores], work: Path,
@@ -135,7 +136,7 @@ def measured_curves(recipe: Recipe, model: Checkpoint, scores: Sequence[BlockSco
     sensed = section.propagation == "sensitivity"
     reporter.total((1 + sensed) * len(arch.blocks), "blocks searched")
 
-    def widths(block: int, part: str) -> list[int]:
+    def widths(block: int, part: str) -> list[Width]:
         return search.spaced(choices(block, part), section.points)
 
     if sensed:

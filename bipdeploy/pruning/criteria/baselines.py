@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bipdeploy.pruning.criteria.statistics import BlockView, Scores
+from bipdeploy.pruning.criteria.statistics import BlockView, Scores, of_query_heads
 
 _EMPTY = torch.zeros(0, dtype=torch.float64)
 
@@ -17,38 +17,51 @@ def wanda_sp(view: BlockView) -> Scores:
     """
     block, stats = view.block, view.statistics
     assert stats is not None
-    heads = ffn = _EMPTY
+    heads = ffn = queries = _EMPTY
     if block.has_attention:
         columns = block.output.weight.double().abs().sum(0) * stats["z_energy"].sqrt()
         heads = columns.view(view.groups, -1).sum(1).cpu()
+        queries = columns.view(view.query_heads, -1).sum(1).cpu()
     if block.has_ffn:
         ffn = (block.down.weight.double().abs().sum(0) * stats["h_energy"].sqrt()).cpu()
-    return Scores(heads, ffn)
+    return Scores(heads, ffn, queries)
 
 
 def magnitude(view: BlockView) -> Scores:
-    """L2 norm of all weights of the coupled group."""
-    heads = ffn = _EMPTY
+    """L2 norm of all weights of the coupled group; a query head has an even share of its group's K
+    and V."""
+    heads = ffn = queries = _EMPTY
     if view.block.has_attention:
         attention = view.block.layer.self_attn
-        energy = view.block.output.weight.double().square().sum(0).view(view.groups, -1).sum(1)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            energy = energy + projection.weight.double().square().sum(1).view(
-                view.groups, -1).sum(1)
+        columns = view.block.output.weight.double().square().sum(0)
+        rows = [projection.weight.double().square().sum(1)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        energy = columns.view(view.groups, -1).sum(1)
+        for own in rows:
+            energy = energy + own.view(view.groups, -1).sum(1)
         heads = energy.sqrt().cpu()
+        queries = of_query_heads(columns, rows, view.groups, view.query_heads).sqrt().cpu()
     if view.block.has_ffn:
         mlp = view.block.layer.mlp
         energy = mlp.down_proj.weight.double().square().sum(0)
         for projection in (mlp.gate_proj, mlp.up_proj):
             energy = energy + projection.weight.double().square().sum(1)
         ffn = energy.sqrt().cpu()
-    return Scores(heads, ffn)
+    return Scores(heads, ffn, queries)
 
 
 def random(view: BlockView) -> Scores:
-    """Uniform draws: the floor that every other criterion has to beat."""
+    """Uniform draws: the floor that every other criterion has to beat.
+
+    Those of query heads come from a generator of their own, so that later blocks draw what they
+    would without.
+    """
     heads = torch.rand(view.groups if view.block.has_attention else 0, generator=view.generator,
                        dtype=torch.float64)
     ffn = torch.rand(view.channels if view.block.has_ffn else 0, generator=view.generator,
                      dtype=torch.float64)
-    return Scores(heads, ffn)
+    if view.query_heads == view.groups:
+        return Scores(heads, ffn, heads.clone())
+    aside = view.generator.clone_state()
+    aside.manual_seed(int(torch.randint(1 << 62, (), generator=aside)))
+    return Scores(heads, ffn, torch.rand(view.query_heads, generator=aside, dtype=torch.float64))

@@ -43,13 +43,14 @@ def wifn(view: BlockView) -> Scores:
 def _scores(view: BlockView, metric: Metric) -> Scores:
     block, statistics = view.block, view.statistics
     assert statistics is not None
-    heads = ffn = torch.zeros(0, dtype=torch.float64)
+    heads = ffn = queries = torch.zeros(0, dtype=torch.float64)
     if block.has_attention:
         columns = standardised(metric(block.output.weight.double(), statistics, "z").square())
         heads = columns.view(view.groups, -1).mean(1).cpu()
+        queries = columns.view(view.query_heads, -1).mean(1).cpu()
     if block.has_ffn:
         ffn = standardised(metric(block.down.weight.double(), statistics, "h")).cpu()
-    return Scores(heads, ffn)
+    return Scores(heads, ffn, queries)
 
 
 def standardised(values: torch.Tensor) -> torch.Tensor:

@@ -15,16 +15,21 @@ from __future__ import annotations
 import torch
 
 from bipdeploy.model.blocks import Block
+from bipdeploy.pruning import elimination
 from bipdeploy.pruning.criteria.statistics import SILU_LIPSCHITZ, BlockView, Scores, pieces, squares
 
 
 def influence(view: BlockView) -> Scores:
-    """Influence of every group: heads [G], ffn [F]."""
+    """Influence of every group: heads [G], ffn [F], queries [G*q].
+
+    Query heads that share a KV head are ranked by the bound under either propagation: to measure
+    them all would take a pass through the FFN for each.
+    """
     block, stats = view.block, view.statistics
     assert stats is not None
     output_energy = stats["output_energy"].clamp_min(1e-30)
     empty = torch.zeros(0, dtype=torch.float64)
-    heads, ffn = empty, empty
+    heads, ffn, queries = empty, empty, empty
     if block.has_ffn:
         ffn = (channel_energy(block.down.weight, stats["h_energy"]) / output_energy).sqrt()
     if block.has_attention:
@@ -32,7 +37,9 @@ def influence(view: BlockView) -> Scores:
             heads = (stats["measured"] / output_energy).sqrt()
         else:
             heads = head_bound(view) * (stats.tokens / output_energy).sqrt()
-    return Scores(heads.double().cpu(), ffn.double().cpu())
+        queries = heads if view.query_heads == view.groups else (
+            head_bound(view, view.query_heads) * (stats.tokens / output_energy).sqrt())
+    return Scores(*(own.double().cpu() for own in (heads, ffn, queries)))
 
 
 def channel_energy(down_DF: torch.Tensor, h_energy_F: torch.Tensor) -> torch.Tensor:
@@ -40,8 +47,9 @@ def channel_energy(down_DF: torch.Tensor, h_energy_F: torch.Tensor) -> torch.Ten
     return squares(down_DF) * h_energy_F
 
 
-def head_bound(view: BlockView) -> torch.Tensor:
-    """First-order bound on rms_t |dy_t| for the removal of each group: [G].
+def head_bound(view: BlockView, heads: int | None = None) -> torch.Tensor:
+    """First-order bound on rms_t |dy_t| for the removal of each group: [G]; with the number of
+    query heads as `heads`, for that of each of them: [G*q].
 
     |dy| <= |delta| + sum_j a_j |gamma_j| |delta_j| / rms(u), by Minkowski's inequality taken over
     tokens coordinate by coordinate, so that only Gram matrices of z are needed. `a` bounds how far
@@ -51,9 +59,12 @@ def head_bound(view: BlockView) -> torch.Tensor:
     """
     stats, block = view.statistics, view.block
     assert stats is not None
-    w_GDC = view.grouped_output()
+    w_GDC = view.grouped_output(heads or view.groups)
+    size = w_GDC.shape[-1]
 
     def rms_of_delta(gram: torch.Tensor) -> torch.Tensor:  # [G, D]
+        if gram.shape[-1] > size:  # of a query head, its part of the group's
+            gram = torch.cat([elimination.diagonal_blocks(own, size) for own in gram])
         return ((w_GDC @ gram) * w_GDC).sum(-1).clamp_min(0).div(stats.tokens).sqrt()
 
     residual = rms_of_delta(stats["z_gram"]).square().sum(-1).sqrt()

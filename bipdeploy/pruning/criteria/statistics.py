@@ -6,7 +6,7 @@ F FFN channels. A group's inputs to o_proj are its q*E columns, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,10 +21,12 @@ SILU_LIPSCHITZ = 1.0999
 
 
 class Scores(NamedTuple):
-    """Scores of a block's groups, float64 on the CPU: heads [G], ffn [F]. Higher is kept."""
+    """Scores of a block, float64 on the CPU: of its KV groups heads [G], of its channels ffn [F],
+    of its query heads, group by group, queries [G*q]. Higher is kept."""
 
     heads: torch.Tensor
     ffn: torch.Tensor
+    queries: torch.Tensor
 
 
 @dataclass
@@ -160,7 +162,29 @@ class BlockView:
     generator: torch.Generator
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by weight, float32
 
-    def grouped_output(self) -> torch.Tensor:
-        """o_proj's weight by group: [G, D, q*E], float32."""
+    @property
+    def query_heads(self) -> int:
+        """G*q; 0 without an attention."""
+        if not self.block.has_attention:
+            return 0
+        return self.block.output.in_features // self.block.layer.self_attn.head_dim
+
+    def grouped_output(self, groups: int) -> torch.Tensor:
+        """o_proj's weight by groups of its columns, KV groups or query heads: [groups, D, .],
+        float32."""
         weight = self.block.output.weight.float()
-        return weight.view(len(weight), self.groups, -1).transpose(0, 1)
+        return weight.view(len(weight), groups, -1).transpose(0, 1)
+
+
+def of_query_heads(columns: torch.Tensor, rows: Sequence[torch.Tensor], groups: int, heads: int
+                   ) -> torch.Tensor:
+    """Sums over the weights of each query head: [heads], of which each of `groups` shares out the
+    sums over its K and V evenly.
+
+    columns [G*q*E]: a value for each column of o_proj; rows: for each row of q_proj [G*q*E], k_proj
+    and v_proj [G*E].
+    """
+    queries, *shared = rows
+    own = columns.view(heads, -1).sum(1) + queries.view(heads, -1).sum(1)
+    share = torch.stack([values.view(groups, -1).sum(1) for values in shared]).sum(0)
+    return own + share.repeat_interleave(heads // groups) / (heads // groups)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from bipdeploy.pruning.criteria.statistics import BlockView, Scores
+from bipdeploy.pruning.criteria.statistics import BlockView, Scores, of_query_heads
 
 # Salience W * dL/dW and the dimension to sum over → importance of the rows or columns.
 Reduction = Callable[[torch.Tensor, int], torch.Tensor]
@@ -34,12 +34,13 @@ def _scores(view: BlockView, reduction: Reduction) -> Scores:
         weight = view.block.layer.get_parameter(f"{part}.weight").detach().float()
         return reduction(weight * view.gradients[f"{part}.weight"], dim)
 
-    heads = ffn = torch.zeros(0, dtype=torch.float64)
+    heads = ffn = queries = torch.zeros(0, dtype=torch.float64)
     if view.block.has_attention:
-        vectors_of = [importance(f"self_attn.{p}_proj", 1) for p in "qkv"]
-        vectors_of.append(importance("self_attn.o_proj", 0))
-        heads = torch.stack([v.view(view.groups, -1).sum(1) for v in vectors_of]).sum(0).cpu()
+        rows = [importance(f"self_attn.{p}_proj", 1) for p in "qkv"]
+        columns = importance("self_attn.o_proj", 0)
+        heads = torch.stack([v.view(view.groups, -1).sum(1) for v in (*rows, columns)]).sum(0).cpu()
+        queries = of_query_heads(columns, rows, view.groups, view.query_heads).cpu()
     if view.block.has_ffn:
         ffn = (importance("mlp.gate_proj", 1) + importance("mlp.up_proj", 1)
                + importance("mlp.down_proj", 0)).cpu()
-    return Scores(heads, ffn)
+    return Scores(heads, ffn, queries)
