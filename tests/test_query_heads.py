@@ -68,15 +68,21 @@ def test_what_may_stay_divides_and_the_first_is_the_least(leaving, parallel):
     assert all(found[0].kv <= h.kv and found[0].total <= h.total for h in found)
 
 
-def test_a_ladder_ascends_and_prefers_kv_heads_where_two_weigh_the_same():
+def test_a_ladder_ascends_and_prefers_query_heads_where_two_weigh_the_same():
     arch = MODELS["eight-groups-of-four"]
     found = ladder(arch, 0, head_choices(arch.blocks[0], 1, "both"))
     weights = [arch.kv_group_parameters(0, h.queries) * h.kv for h in found.values()]
     assert weights == sorted(set(weights))
     everything = product(range(1, 9), range(1, 5))
     assert set(weights[1:]) == {arch.kv_group_parameters(0, q) * k for k, q in everything}
-    assert found[2 * 3 / 5] == Heads(3, 1)  # three of one query head weigh two of two
+    assert found[2 * 3 / 5] == Heads(2, 2)  # which weigh as much as three of one query head
     assert found[8.0] == Heads(8, 4)
+
+
+@pytest.mark.parametrize("leaving", ["kv", "query", "both"])
+def test_where_every_query_head_has_its_own_kv_head_they_leave_together(leaving):
+    dense = BlockWidths(8, 8, 64)
+    assert head_choices(dense, 1, leaving) == [Heads(0, 0), *(Heads(n, 1) for n in range(1, 9))]
 
 
 # Uniform widths

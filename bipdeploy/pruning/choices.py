@@ -47,12 +47,12 @@ def with_heads(arch: Architecture, heads: Mapping[int, Heads]) -> list[BlockWidt
 
 def ladder(arch: Architecture, block: int, allowed: Sequence[Heads]) -> dict[float, Heads]:
     """What may stay of a block's attention by its parameters, ascending: in those of a KV head with
-    all its query heads. Of two that weigh the same the one with more KV heads, whose cache is
-    larger: fewer query heads are taken to hurt less."""
+    all its query heads, to a thousandth. Of two that weigh the same the one with more query heads,
+    which has fewer KV heads and a smaller cache."""
     whole = arch.kv_group_parameters(block)
-    sized = sorted((own.kv * arch.kv_group_parameters(block, own.queries) / whole, own)
-                   for own in allowed)
-    return dict(sized)
+    sized = sorted((round(own.kv * arch.kv_group_parameters(block, own.queries) / whole, 3),
+                    own.total, own) for own in allowed)
+    return {size: own for size, _, own in sized}
 
 
 def possible_widths(arch: Architecture, section: PruneSection, *,

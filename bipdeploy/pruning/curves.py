@@ -289,7 +289,8 @@ class Part:
 
 def _half(width: Width) -> Width:
     if isinstance(width, Heads):
-        return Heads(max(width.kv // 2, 1), width.queries)
+        return (Heads(width.kv // 2, width.queries) if width.kv > 1 else
+                Heads(1, max(width.queries // 2, 1)))
     return max(width // 2, 1)
 
 

@@ -32,7 +32,9 @@ def head_choices(dense: BlockWidths, parallel: int, leaving: str = "kv") -> list
     """What may stay of a block's attention, fewest query heads first, from none (it is removed).
 
     `leaving`: "kv" heads with their query heads, "query" heads from every KV head alike, or "both".
+    Where every query head has a KV head of its own the three are one.
     """
+    leaving = "kv" if dense.group == 1 else leaving
     kv_heads = [dense.kv_heads] if leaving == "query" else range(1, dense.kv_heads + 1)
     queries = [dense.group] if leaving == "kv" else range(1, dense.group + 1)
     found = [Heads(k, q) for k in kv_heads for q in queries if k and q]

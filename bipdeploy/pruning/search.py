@@ -51,6 +51,8 @@ class Curve:
         if not isinstance(width, Heads):
             return _between(((own, lost) for own, lost in points if isinstance(own, int)), width)
         measured = {own: lost for own, lost in points if isinstance(own, Heads)}
+        if {own.queries for own in measured} == {width.queries}:  # whole KV heads alone
+            return _between(((own.kv, lost) for own, lost in measured.items()), width.kv)
         by_total: dict[int, list[float]] = {}
         for own, lost in measured.items():
             by_total.setdefault(own.total, []).append(lost)
