@@ -271,6 +271,33 @@ def test_a_model_is_scored_pruned_and_repaired(grouped, tmp_path, heads, more):
     assert logits(loaded(repaired / "model"), token_windows(1, 8)).isfinite().all()
 
 
+@pytest.mark.parametrize("heads", ["query", "both"])
+def test_query_heads_are_chosen_again_within_the_repair(grouped, tmp_path, heads):
+    """At the same widths; the repaired model has the heads that are recorded."""
+    settings = [*short_calibration(tmp_path), "prune.round_to=8", f"prune.heads={heads}",
+                "score.criterion=random"]
+    scores = api.score(str(grouped), tmp_path / "scores", settings)
+    pruned = api.prune(str(grouped), scores, tmp_path / "pruned", 0.5, settings)
+    plain = api.recover(str(grouped), pruned, tmp_path / "plain", settings)
+    again = api.recover(str(grouped), pruned, tmp_path / "again",
+                        [*settings, "recover.refit.reselect=true"])
+    made, dense, arch = (Checkpoint(again / "model"), Checkpoint(grouped), architecture_of(grouped))
+    assert made.architecture.blocks == architecture_of(pruned / "model").blocks
+    before = kept_of(read_json(pruned / "kept.json"))
+    records = read_json(again / "recover.json")["blocks"]
+    for index, own in enumerate(records):
+        kept = Kept(tuple(own["groups"]), tuple(own["channels"]), tuple(map(tuple, own["queries"])))
+        expected = slice_block(dense.block(index), arch, index, kept)
+        for name, tensor in made.block(index).items():
+            if "o_proj.weight" not in name and "down_proj.weight" not in name:
+                assert torch.equal(tensor, expected[name]), name
+        own["differs"] = kept.query_heads(3) != before[index].query_heads(3)
+    assert any(own["differs"] for own in records)
+    first, second = (sum(own["error_after"] for own in read_json(folder / "recover.json")["blocks"])
+                     for folder in (plain, again))
+    assert second < first
+
+
 def test_scores_from_before_serve_whole_groups_and_are_refused_for_query_heads(grouped, tmp_path):
     settings = [*short_calibration(tmp_path), "prune.round_to=8"]
     scores = api.score(str(grouped), tmp_path / "scores", settings)
@@ -303,9 +330,7 @@ def test_what_leaves_is_read_as_a_word_or_as_it_was_before(written, read):
     (["prune.heads=some"], "prune.heads: 'some' is none of kv, query, both, true and false"),
     (["prune.heads=1"], "prune.heads: 1 is none of"),
     (["prune.heads=both", "prune.layers=global"], "layers: global ranks whole KV heads"),
-    (["prune.heads=query", "prune.layers=adaptive"], "layers: adaptive ranks whole KV heads"),
-    (["prune.heads=both", "recover.refit.reselect=true"],
-     "recover.refit.reselect: true chooses whole KV heads again")])
+    (["prune.heads=query", "prune.layers=adaptive"], "layers: adaptive ranks whole KV heads")])
 def test_what_is_not_for_query_heads_is_refused_in_a_line(settings, fault):
     with pytest.raises(RecipeError, match=fault.replace(".", r"\.")) as caught:
         built(*settings)

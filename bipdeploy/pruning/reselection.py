@@ -22,32 +22,38 @@ from bipdeploy.pruning.slicing import expand
 
 def choose(dense: Block, own: BlockWidths, widths: BlockWidths, x_dense: Batches,
            x_pruned: Batches, eps: float) -> Kept:
-    """The groups and channels of a dense block that stay at `widths`; `own` are its own.
+    """The groups, query heads and channels of a dense block that stay at `widths`; `own` are its
+    own.
 
     x_*: the block's inputs in the dense and the pruned model, batches of [B, T, D]; eps: of
     RMSNorm. Heads first, towards the dense attention output, each coordinate weighted by how far
     it moves the block's output; then channels, towards the dense block's output, with the kept
     heads refitted.
     """
-    keeps_heads = own.kv_heads == widths.kv_heads or not widths.kv_heads
+    keeps_groups = own.kv_heads == widths.kv_heads or not widths.kv_heads
+    keeps_queries = own.group == widths.group or not widths.kv_heads
     keeps_ffn = own.intermediate == widths.intermediate or not widths.intermediate
-    heads = [0.0] * own.kv_heads  # where all or none stay there is nothing to choose
+    # Where all or none stay there is nothing to choose.
+    heads, queries = [0.0] * own.kv_heads, [0.0] * own.heads
     output, columns = None, torch.arange(0)
     if widths.kv_heads:
         problem, gain = _attention(dense, x_dense, x_pruned, eps)
-        size = len(problem.gram_KK) // own.kv_heads
-        if not keeps_heads:
+        size = len(problem.gram_KK) // own.heads
+        if not (keeps_groups and keeps_queries):
             fitted = problem.solve(elimination.RIDGE) * gain[:, None]
-            heads = elimination.costs(problem.gram_KK, fitted, size).tolist()
-        groups = keep(BlockScores(heads, []), BlockWidths(0, widths.kv_heads, 0)).groups
-        columns = expand(groups, size).to(problem.gram_KK.device)
+            if not keeps_groups:
+                heads = elimination.costs(problem.gram_KK, fitted, size * own.group).tolist()
+            if not keeps_queries:
+                queries = elimination.costs(problem.gram_KK, fitted, size).tolist()
+        kept = keep(BlockScores(heads, [], queries), widths.having(0))
+        columns = expand(kept.query_heads(own.group), size).to(problem.gram_KK.device)
         output = problem.restricted(columns).solve(elimination.RIDGE)
         del problem
     channels = [0.0] * own.intermediate
     if not keeps_ffn:
         problem = _ffn(dense, x_dense, x_pruned, output, columns)
         channels = elimination.costs(problem.gram_KK, problem.solve(elimination.RIDGE)).tolist()
-    return keep(BlockScores(heads, channels), widths)
+    return keep(BlockScores(heads, channels, queries), widths)
 
 
 def _attention(dense: Block, x_dense: Batches, x_pruned: Batches, eps: float

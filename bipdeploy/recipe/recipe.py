@@ -63,15 +63,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _whole_groups_are_chosen_again(self) -> Recipe:
-        if (self.prune.query_heads and self.recover.method == "refit"
-                and self.recover.refit.reselect):
-            raise ValueError("recover.refit.reselect: true chooses whole KV heads again, and "
-                             f"prune.heads is {self.prune.heads}; set reselect to false, or "
-                             "prune.heads to kv")
-        return self
-
-    @model_validator(mode="after")
     def _onnx_is_written(self) -> Recipe:
         if self.bench.onnx.enabled and not self.export.onnx.enabled:
             raise ValueError("bench.onnx.enabled: true, and export.onnx.enabled is false, so there "

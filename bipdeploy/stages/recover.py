@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -78,7 +79,9 @@ def refit(job: Job) -> dict[str, Any]:
             del block, stored, whole
             finite.require(f"outputs of block {index}, or its refit,", record.values(),
                            pruned.dtype)
-            again = {"groups": kept.groups, "channels": kept.channels} if kept else {}
+            again = asdict(kept) if kept else {}
+            if kept and not kept.queries:
+                del again["queries"]
             errors.append({"block": index, **record, **again})
             job.reporter.advance()
     return {"ridge": ridge, "calibration": provenance, "blocks": errors}

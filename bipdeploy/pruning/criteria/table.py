@@ -1,8 +1,8 @@
 """The table of importance criteria: which groups of a block matter least.
 
 A criterion is a pure function from a block's weights and its calibration statistics to a score
-per KV group and per FFN channel; higher is kept. To add one, write the function in a file here,
-add a row to the table and its name to `recipe/names.py`.
+per KV group, per query head and per FFN channel; higher is kept. To add one, write the function in
+a file here, add a row to the table and its name to `recipe/names.py`.
 """
 
 from __future__ import annotations
