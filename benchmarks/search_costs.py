@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -27,7 +26,6 @@ import torch
 from bipdeploy import api
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.measuring.timing import interleaved, speedup
-from bipdeploy.model import loading
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import resolved_at
@@ -39,6 +37,7 @@ from bipdeploy.stages import recover, score
 from bipdeploy.stages.search import measured_curves
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of
+from streaming import forward, timed
 
 BLOCKS = (8, 16, 32)
 SHAPE = "30M"
@@ -49,20 +48,6 @@ def recipe_of(model: Path, *settings: str) -> Recipe:
         "model.device=cpu", "prune.ratio=0.3", "prune.layers=searched", "prune.round_to=64",
         *settings])
     return resolved_at(own, model).recipe
-
-
-def forward(model: Path, recipe: Recipe) -> Callable[[], None]:
-    """A plain pass of the whole model over the calibration windows, logits left out."""
-    walker = BlockWalker(model, recipe.model)
-    windows, _ = calibration_batches(recipe, model, walker.architecture.max_positions)
-    whole = loading.load_model(model, walker.dtype, walker.device)
-
-    @torch.no_grad()
-    def run() -> None:
-        for batch in windows:
-            whole.model(batch, use_cache=False)
-
-    return run
 
 
 def search(model: Path, recipe: Recipe, scores: Path, propagation: str) -> Callable[[], None]:
@@ -96,15 +81,9 @@ def void(_: object) -> None:
     """Forget a result."""
 
 
-def _timed(run: Callable[[], None]) -> dict[str, float]:
-    began, computed = time.perf_counter(), time.process_time()
-    run()
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - computed}
-
-
 def compared(runs: dict[str, Callable[[], None]], rounds: int, warmup: int) -> dict[str, Any]:
     """Each in forward passes, and the seconds of each."""
-    times = interleaved({name: partial(_timed, run) for name, run in runs.items()}, rounds, warmup)
+    times = interleaved({name: partial(timed, run) for name, run in runs.items()}, rounds, warmup)
     return {name: {measure: {
         "passes": speedup(own[measure], times["forward"][measure]).as_dict(),
         "rounds": own[measure]} for measure in ("seconds", "cpu_seconds")}

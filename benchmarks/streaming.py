@@ -33,6 +33,7 @@ from bipdeploy.model import loading
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.families import architecture
 from bipdeploy.recipe import file as recipe_file
+from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.score import score_blocks
 from speed.models import random_checkpoint
@@ -101,12 +102,6 @@ def overhead(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                                 "prune": {"ratio": arguments.ratio}}, "--set", settings(arguments))
     walker = BlockWalker(model, recipe.model)
     windows, _ = calibration_batches(recipe, model, walker.architecture.max_positions)
-    whole = loading.load_model(model, walker.dtype, walker.device)
-
-    @torch.no_grad()
-    def in_memory() -> None:
-        for batch in windows:
-            whole.model(batch.to(walker.device), use_cache=False)
 
     @torch.no_grad()
     def walk() -> None:
@@ -115,9 +110,9 @@ def overhead(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             hidden = [block(x) for x in hidden]
 
     runs: dict[str, Callable[[], Any]] = {
-        "forward": in_memory, "walk": walk,
+        "forward": forward(model, recipe), "walk": walk,
         "score": partial(score_blocks, walker, windows, recipe)}
-    times = interleaved({name: partial(_timed, run) for name, run in runs.items()},
+    times = interleaved({name: partial(timed, run) for name, run in runs.items()},
                         arguments.rounds, 1)
     return {measure: {
         "score_over": {name: speedup(times["score"][measure], times[name][measure]).as_dict()
@@ -126,7 +121,21 @@ def overhead(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for measure in ("seconds", "cpu_seconds")}
 
 
-def _timed(run: Callable[[], Any]) -> dict[str, float]:
+def forward(model: Path, recipe: Recipe) -> Callable[[], None]:
+    """A pass of the whole model in memory over the calibration windows, logits left out."""
+    walker = BlockWalker(model, recipe.model)
+    windows, _ = calibration_batches(recipe, model, walker.architecture.max_positions)
+    whole = loading.load_model(model, walker.dtype, walker.device)
+
+    @torch.no_grad()
+    def run() -> None:
+        for batch in windows:
+            whole.model(batch.to(walker.device), use_cache=False)
+
+    return run
+
+
+def timed(run: Callable[[], Any]) -> dict[str, float]:
     """Seconds by the clock, and those that all threads computed: others may share the machine."""
     began, computed = time.perf_counter(), time.process_time()
     run()

@@ -21,12 +21,11 @@ from tests.sliced import (
     architecture_of,
     draw_kept,
     loaded,
-    logits,
     token_windows,
     write_sliced,
 )
 from tests.test_tune import FULL, PLAIN, SHORT, hashes
-from tests.test_tuning import equal, last, saved, task
+from tests.test_tuning import distance, equal, last, saved, task
 
 
 def pruned(tiny: Path, place: Path, **settings) -> training.Task:
@@ -104,14 +103,9 @@ def test_all_weights_move_towards_the_dense_model(tiny, tmp_path, distillation):
     before = {name: p.detach().clone() for name, p in students.parameters(model).items()}
     ids = job.validation.ids
 
-    def distance() -> float:
-        with torch.no_grad():
-            own, dense = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(tiny)))
-            return float(losses.divergence(own, dense, 1.0))
-
-    first = distance()
+    first = distance(model, tiny, ids)
     students.load(model, last(job))
-    assert distance() < first
+    assert distance(model, tiny, ids) < first
     assert all(not torch.equal(before[name], p) for name, p in students.parameters(model).items())
 
 

@@ -211,16 +211,21 @@ print(json.dumps(model.generate(ids, max_new_tokens=12, do_sample=False)[0].toli
 """
 
 
+def require_same_tokens(clean_python, sliced: Path, written: Path, place: Path) -> None:
+    """What `written` generates in a Python without bipdeploy is what `sliced` does here."""
+    prompt = token_windows(1, 9)
+    there = subprocess.run([clean_python, "-c", GENERATE, written, json.dumps(prompt[0].tolist())],
+                           capture_output=True, text=True, check=False, cwd=place)
+    assert there.returncode == 0, there.stderr
+    here = loaded(sliced).generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert json.loads(there.stdout.splitlines()[-1]) == here
+
+
 @pytest.mark.parametrize("variant", ["llama-gqa", "qwen3-gqa"])
 def test_a_per_block_checkpoint_generates_the_same_where_bipdeploy_is_not_installed(
         tmp_path, clean_python, variant):
     sliced, written = made(tmp_path, variant, PER_BLOCK)
-    prompt = token_windows(1, 9)
-    there = subprocess.run([clean_python, "-c", GENERATE, written, json.dumps(prompt[0].tolist())],
-                           capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert there.returncode == 0, there.stderr
-    here = loaded(sliced).generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
-    assert json.loads(there.stdout.splitlines()[-1]) == here
+    require_same_tokens(clean_python, sliced, written, tmp_path)
 
 
 @pytest.mark.parametrize(("shares", "class_name"), [
@@ -230,12 +235,7 @@ def test_transformers_gives_the_tokens_without_some_query_heads(
     """Of a stock class, and of ours by the code that the folder carries."""
     sliced, written = made(tmp_path, "llama-gqa", shares, **SIX_HEADS)
     assert Checkpoint(written).config["architectures"] == [class_name]
-    prompt = token_windows(1, 9)
-    there = subprocess.run([clean_python, "-c", GENERATE, written, json.dumps(prompt[0].tolist())],
-                           capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert there.returncode == 0, there.stderr
-    here = loaded(sliced).generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
-    assert json.loads(there.stdout.splitlines()[-1]) == here
+    require_same_tokens(clean_python, sliced, written, tmp_path)
 
 
 def test_the_probe_can_make_bipdeploy_look_as_if_it_were_not_installed(tmp_path):

@@ -189,14 +189,9 @@ def test_distillation_moves_the_pruned_model_towards_the_dense_one(tiny, tmp_pat
     ids = job.validation.ids
     model = adapters.adapted(small, job.section, torch.float32, CPU, 0)
 
-    def distance() -> float:
-        with torch.no_grad():
-            own, dense = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(tiny)))
-            return float(losses.divergence(own, dense, 1.0))
-
-    before = distance()
+    before = distance(model, tiny, ids)
     students.load(model, last(job))
-    assert distance() < before
+    assert distance(model, tiny, ids) < before
 
 
 # AdamW divides by a gradient's size, so that what rounds to another tiny gradient moves a weight.
@@ -208,6 +203,13 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     first, second = (torch.cat([t.flatten() for n, t in sorted(x.items()) if "lora_B" in n])
                      for x in (a, b))
     return float((first - second).norm() / first.norm())
+
+
+def distance(model: torch.nn.Module, dense: Path, ids: torch.Tensor) -> float:
+    """Divergence of a model's next tokens from the dense one's."""
+    with torch.no_grad():
+        own, expected = (losses.predicting(logits(m, ids), ids) for m in (model, loaded(dense)))
+        return float(losses.divergence(own, expected, 1.0))
 
 
 def last(job: training.Task) -> dict[str, torch.Tensor]:

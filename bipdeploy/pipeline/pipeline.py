@@ -97,8 +97,8 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
                 result.reused.append(name)
                 continue
             with (reporting(name) if reporting else nullcontext(Silent())) as reporter:
-                while notes:
-                    reporter.note(notes.pop(0))
+                for note in notes if name == due[0] else ():
+                    reporter.note(note)
                 inputs = inputs_of(name, folder, resolved.dense)
                 run_stage(name, recipe, inputs, folder / name, keys[name], reporter, resolved,
                           {folder / made: keys[made] for made in _made_by(inputs, folder)})

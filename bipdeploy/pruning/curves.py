@@ -240,7 +240,7 @@ class Part:
         self._group, self._head_dim = own.group, walker.architecture.head_dim
         self._projection, self._scores = projection, scores
         self._ridge, self._unheld = text.ridge, len(text.fitted) - text.held
-        self._problem = RidgeProblem(projection.weight)
+        self._problem = RidgeProblem(projection.weight) if text.ridge is not None else None
         self._held = RidgeProblem(projection.weight) if text.held else None
 
     def below(self, widths: Sequence[Width]) -> list[Width]:
@@ -249,7 +249,7 @@ class Part:
 
     def fit(self, inputs: torch.Tensor) -> None:
         """Take in the projection's inputs [B, T, K] on the next of the batches that refits see."""
-        if self._ridge is None:
+        if self._problem is None:
             return
         problem = self._problem if self._unheld > 0 or self._held is None else self._held
         problem.see(inputs, torch.nn.functional.linear(inputs, self._projection.weight))
@@ -260,10 +260,11 @@ class Part:
         if width in (0, Heads(0, 0)):
             return lambda z: z.new_zeros((*z.shape[:-1], self._projection.out_features))
         columns, weight = self._columns(width), self._projection.weight
-        if self._ridge is None:
+        if self._problem is None:
             weight = weight[:, columns]
         else:
-            weight = self._problem.restricted(columns).solve(self._chosen_ridge()).to(weight.dtype)
+            ridge = self._chosen_ridge(self._problem)
+            weight = self._problem.restricted(columns).solve(ridge).to(weight.dtype)
         bias = self._projection.bias
         return lambda z: torch.nn.functional.linear(z[..., columns], weight, bias)
 
@@ -274,16 +275,14 @@ class Part:
                    if isinstance(width, Heads) else expand(kept.channels, 1))
         return columns.to(self._projection.weight.device)
 
-    def _chosen_ridge(self) -> float:
+    def _chosen_ridge(self, problem: RidgeProblem) -> float:
         """The ridge of all refits, chosen at the first; they are then fitted to all batches."""
-        assert self._ridge is not None
         if self._held is not None:
             columns = self._columns(_half(self.dense))
-            self._ridge = best_ridge(self._problem.restricted(columns),
-                                     self._held.restricted(columns))
-            self._problem.absorb(self._held)
+            self._ridge = best_ridge(problem.restricted(columns), self._held.restricted(columns))
+            problem.absorb(self._held)
             self._held = None
-        assert self._ridge != "auto"
+        assert self._ridge is not None and self._ridge != "auto"
         return self._ridge
 
 
