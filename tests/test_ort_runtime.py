@@ -17,11 +17,14 @@ import torch
 from bipdeploy.errors import InputError
 from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.ort import folder as onnx_folder
-from bipdeploy.ort import session
+from bipdeploy.ort import installed, session
 from bipdeploy.ort.folder import DATA, LAST, MODEL, RECORD
 from bipdeploy.ort.quantize import KINDS, quantize
 from bipdeploy.ort.runtime import OnnxModel
 from bipdeploy.ort.sampling import Sampling
+from bipdeploy.pipeline import preflight
+from bipdeploy.planning.resolved import resolve
+from bipdeploy.recipe.recipe import Recipe
 from tests.sliced import loaded, logits, token_windows
 from tests.test_ort_graph import STYLES, continued, exported, sliced
 from tests.tiny import VARIANTS
@@ -243,6 +246,36 @@ def test_cuda_is_never_replaced_silently(source, copy, monkeypatch, tmp_path):
                         lambda path, options, providers: opened(path, options, [session.CPU]))
     refusal(lambda: session.open_session(half / MODEL, torch.device("cuda", 0)),
             "could not start CUDAExecutionProvider")
+
+
+def recipe(device: str = "auto", **onnx) -> Recipe:
+    return Recipe.model_validate({
+        "name": "r", "model": {"id": "builtin:pico", "device": device},
+        "calibration": {"data": "builtin:pydocs"}, "prune": {"ratio": 0.3},
+        "export": {"onnx": {"enabled": True, **onnx}}})
+
+
+def test_auto_runs_on_the_cpu_what_onnxruntime_cannot_run_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert session.device_of(recipe()).type == "cpu"
+    assert "bipdeploy[onnx-gpu]" in session.why_on_cpu(recipe())
+    assert session.device_of(recipe("cuda")).type == "cuda"  # refused where it is opened
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [session.CUDA, session.CPU])
+    assert session.device_of(recipe()).type == "cuda" and session.why_on_cpu(recipe()) is None
+    assert session.device_of(recipe(quantize=["int8"])).type == "cuda"
+    assert session.device_of(recipe(quantize=["int8", "int8_dynamic"])).type == "cpu"
+    assert session.device_of(recipe(style="gqa", dtype="float32")).type == "cpu"
+
+
+def test_a_gpu_without_an_onnxruntime_for_it_is_refused_before_a_run(monkeypatch):
+    monkeypatch.setattr(installed, "hardware", lambda: {"gpus": ["NVIDIA H200"]})
+    wanted = resolve(recipe("cuda"))
+    refusal(lambda: preflight.refuse(wanted), "model.device: cuda", "built for the CPU",
+            "bipdeploy[onnx-gpu]")
+    preflight.refuse(wanted, here=False)  # a plan for another machine
+    preflight.refuse(resolve(recipe()))
+    refusal(lambda: preflight.refuse(resolve(recipe("cuda", quantize=["int8_dynamic"])),
+                                     here=False), "export.onnx", "int8_dynamic")
 
 
 def test_operators_are_found_on_the_provider_that_runs_them(copy):

@@ -19,6 +19,7 @@ from bipdeploy.model.folder import require_own_code
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort.quantize import quantize
 from bipdeploy.ort.runtime import OnnxModel
+from bipdeploy.ort.session import device_of, why_on_cpu
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.figures import compared
 from bipdeploy.running import artifacts
@@ -36,6 +37,9 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
     section, source = job.recipe.export.onnx, Checkpoint(job.inputs["pruned"])
     require_own_code(source.config, trusted=job.recipe.model.trust_remote_code)
     style, dtype = style_and_dtype(job)
+    if device_of(job.recipe) != compute_device(job.recipe.model):
+        job.reporter.note(f"export.onnx: run on the CPU, not on the GPU: "
+                          f"{why_on_cpu(job.recipe)}")
     onnx_folder.write(source, out, style=style, dtype=dtype)
     copies = {name: out.with_name(f"{out.name}-{name}") for name in section.quantize}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".whole-") as place:
@@ -46,7 +50,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
         for name, copy in copies.items():
             quantize(whole, copy, name)
     question = portability.draw_question(source.architecture, job.recipe.seed, PROMPTS,
-                                         NEW_TOKENS, dtype, str(compute_device(job.recipe.model)))
+                                         NEW_TOKENS, dtype, str(device_of(job.recipe)))
     reference = portability.reference(source.folder, question)
     expected = sliced_logits(source.folder, question)
     checked = verify(out, question, reference, expected)
@@ -60,11 +64,13 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 def style_and_dtype(job: Job) -> tuple[str, str]:
     """The recipe's style and type of the graph, with `auto` decided."""
-    section, device = job.recipe.export.onnx, compute_device(job.recipe.model)
+    section, device = job.recipe.export.onnx, device_of(job.recipe)
     dtype, style = str(section.dtype), str(section.style)
     if dtype == "auto":
         config = Checkpoint(job.inputs["pruned"]).config
         dtype = str(compute_dtype(job.recipe.model, config, device)).removeprefix("torch.")
+        if device.type == "cuda" and dtype == "bfloat16":
+            dtype = "float16"  # not every onnxruntime has all kernels for bfloat16 there
     if style == "auto":
         style = "std" if device.type == "cuda" and dtype == "float32" else "gqa"
     return style, dtype

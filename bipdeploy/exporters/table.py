@@ -17,6 +17,10 @@ def _onnx(resolved: Resolved) -> None:
     if recipe.export.onnx.dtype == "bfloat16" and recipe.model.device == "cpu":
         raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, and "
                          "model.device is cpu; use float32 or float16")
+    onnx = recipe.export.onnx
+    why = installed.not_on_cuda(onnx.style, onnx.dtype, onnx.quantize)
+    if recipe.model.device == "cuda" and why:
+        raise InputError(f"export.onnx: model.device is cuda, and {why}")
 
 
 # Names are the fields of the recipe's export section and the folders'; `needs`: packages without

@@ -14,10 +14,11 @@ import torch
 from bipdeploy.measuring import torch_bench
 from bipdeploy.measuring.timing import interleaved, speedup
 from bipdeploy.model import loading
-from bipdeploy.model.blocks import compute_device, compute_dtype
+from bipdeploy.model.blocks import compute_dtype
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort.folder import onnx_folders
 from bipdeploy.ort.runtime import OnnxModel
+from bipdeploy.ort.session import device_of
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.figures import VERSUS_TORCH
 
@@ -28,7 +29,7 @@ DENSE, TORCH = "onnx dense", "torch pruned"
 
 def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     """Figures and details. The dense model is exported in the same style and type for it."""
-    section, device = job.recipe.bench.onnx, compute_device(job.recipe.model)
+    section, device = job.recipe.bench.onnx, device_of(job.recipe)
     dense = job.dense.checkpoint
     dtype = compute_dtype(job.recipe.model, dense.config, device)
     written = onnx_folders(job.inputs["export"])

@@ -1,12 +1,16 @@
-"""Whether what writes and runs ONNX graphs is installed. Loads none of it."""
+"""Whether what writes and runs ONNX graphs is installed."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 from bipdeploy.errors import InputError
+from bipdeploy.running.machine import hardware
 
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime")
+ON_CPU_ONLY = ("the installed onnxruntime is built for the CPU; uninstall it and "
+               "`pip install 'bipdeploy[onnx-gpu]'`, or use auto or cpu")
 
 
 def require(*packages: str) -> None:
@@ -15,3 +19,24 @@ def require(*packages: str) -> None:
         if importlib.util.find_spec(package) is None:
             raise InputError(f"{package} is not installed; `pip install 'bipdeploy[onnx]'` for the "
                              "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)")
+
+
+def require_for(device: str) -> None:
+    """Raise InputError where a recipe asks for CUDA, there is a GPU, and onnxruntime is built for
+    the CPU. A GPU that is missing is PyTorch's to report."""
+    if device == "cuda" and hardware()["gpus"]:
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise InputError(f"model.device: cuda was asked for, export.onnx runs there too, and "
+                             f"{ON_CPU_ONLY}")
+
+
+def not_on_cuda(style: str, dtype: str, quantized: Iterable[str | None]) -> str | None:
+    """Why CUDA cannot run graphs of a style and type, or their quantised copies; or None."""
+    if "int8_dynamic" in quantized:
+        return "int8_dynamic runs on a CPU only; use int4, or a 16-bit export"
+    if style == "gqa" and dtype == "float32":
+        return ("GroupQueryAttention has no float32 there; export float16 or bfloat16, or the "
+                "style std")
+    return None

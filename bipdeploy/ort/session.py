@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from bipdeploy.errors import InputError
+from bipdeploy.model.blocks import compute_device
 from bipdeploy.ort.folder import Contents
-from bipdeploy.ort.installed import require
+from bipdeploy.ort.installed import ON_CPU_ONLY, not_on_cuda, require
+from bipdeploy.recipe.recipe import Recipe
 
 DEVICES = ("auto", "cpu", "cuda")
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -48,7 +50,7 @@ def device_for(wanted: str, contents: Contents) -> torch.device:
     """
     if wanted not in DEVICES:
         raise InputError(f"device {wanted!r} is not known; use {', '.join(DEVICES)}")
-    missing = no_cuda() or _not_on_cuda(contents)
+    missing = no_cuda() or not_on_cuda(contents.style, contents.dtype, [contents.quantized])
     if wanted == "cuda" and missing:
         raise InputError(f"device cuda was asked for, and {missing}")
     if wanted == "cuda" or (wanted == "auto" and not missing):
@@ -59,23 +61,25 @@ def device_for(wanted: str, contents: Contents) -> torch.device:
     return torch.device("cpu")
 
 
+def device_of(recipe: Recipe) -> torch.device:
+    """Where a recipe's graphs are run: on its device. For `auto` that is the CPU, also beside a GPU
+    that PyTorch uses, where onnxruntime has no CUDA or one of the graphs cannot run there."""
+    device = compute_device(recipe.model)
+    return torch.device("cpu") if recipe.model.device == "auto" and why_on_cpu(recipe) else device
+
+
+def why_on_cpu(recipe: Recipe) -> str | None:
+    """Why CUDA cannot run all of a recipe's graphs, or None."""
+    onnx = recipe.export.onnx
+    return no_cuda() or not_on_cuda(onnx.style, onnx.dtype, onnx.quantize)
+
+
 def no_cuda() -> str | None:
     """Why there is no CUDA here, or None."""
     if CUDA not in library().get_available_providers():
-        return ("the installed onnxruntime is built for the CPU; uninstall it and "
-                "`pip install 'bipdeploy[onnx-gpu]'`, or use auto or cpu")
+        return ON_CPU_ONLY
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA GPU here; use auto or cpu"
-    return None
-
-
-def _not_on_cuda(contents: Contents) -> str | None:
-    """Why CUDA cannot run a folder, or None."""
-    if contents.quantized == "int8_dynamic":
-        return "int8_dynamic runs on a CPU only; use int4, or a 16-bit export"
-    if contents.style == "gqa" and contents.dtype == "float32":
-        return ("GroupQueryAttention has no float32 there; export float16 or bfloat16, or the "
-                "style std")
     return None
 
 

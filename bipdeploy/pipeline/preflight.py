@@ -45,6 +45,8 @@ def refuse(resolved: Resolved, *, here: bool = True) -> None:
         for name, exporter in EXPORTERS.items():
             if getattr(recipe.export, name).enabled:
                 installed.require(*exporter.needs)
+        if recipe.export.onnx.enabled:
+            installed.require_for(recipe.model.device)
 
 
 def _rows(recipe: Recipe) -> Iterator[Row]:
