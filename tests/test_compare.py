@@ -254,6 +254,12 @@ def test_a_cell_is_what_the_stages_give_one_by_one(compared, tiny, tmp_path):
         figures["perplexity.dense"], rel=1e-6)
     assert cell["removed"] == pytest.approx(1 - artifacts.figures([pruned])[
         "block_parameters.ratio"])
+    costs = {(r["method"], r["repair"]): set(r["costs"]) for r in found.data["records"]}
+    assert costs["llm_bip:measured@searched", "refit"] == {"curves", "prune", "recover"}
+    assert all(("recover" in stages) == (repair != "none") and "prune" in stages
+               for (_, repair), stages in costs.items())
+    assert all(set(cost) == {"seconds", "peak_memory_bytes"} and cost["seconds"] > 0
+               for r in found.data["records"] for cost in r["costs"].values())
 
 
 def test_text_by_rule_is_the_same_for_all_cells_and_as_good_as_its_number(tiny, tmp_path):

@@ -62,7 +62,7 @@ def test_reading_the_built_in_text_is_deterministic_and_imports_no_module_that_i
             "from bipdeploy.data import pydocs, text\n"
             "read = [text.read('builtin:pydocs', split) for split in pydocs.SPLITS]\n"
             "named = {d.split()[1] for t in read for d in t.documents if d[:7] == 'module '}\n"
-            "rare = {'mailbox', 'turtle', 'tkinter.ttk', 'xml.sax.handler', 'imaplib'}\n"
+            "rare = {'mailbox', 'turtle', 'xml.sax.handler', 'imaplib'}\n"
             "assert rare <= named, named\n"
             "print(sorted(rare & (set(sys.modules) - before)), *[t.sha256 for t in read])")
     imported, *hashes = python(code, env={"PYTHONHASHSEED": "7"}).stdout.split()

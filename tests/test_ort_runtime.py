@@ -227,6 +227,7 @@ def test_an_operator_that_onnxruntime_lacks_is_named(copy):
 
 
 def test_cuda_is_never_replaced_silently(source, copy, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     refusal(lambda: OnnxModel(copy, "gpu"), "'gpu'", "auto, cpu, cuda")
     refusal(lambda: OnnxModel(copy, "cuda"), "cuda was asked for", "bipdeploy[onnx-gpu]")
     assert OnnxModel(copy, "auto").device == CPU

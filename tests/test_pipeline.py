@@ -62,6 +62,7 @@ def test_a_stage_s_manifest_says_how_it_was_made(smoke, stage):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", manifest["started"])
     assert 0 <= manifest["seconds"] < 300
     assert 50 << 20 < manifest["peak_memory_bytes"] < 16 << 30
+    assert ("peak_gpu_memory_bytes" in manifest) <= torch.cuda.is_available()
     environment = manifest["environment"]
     assert environment["libraries"]["torch"] == torch.__version__
     assert environment["python"] and environment["code"] and environment["hardware"]["cores"] >= 1
@@ -393,7 +394,9 @@ def test_the_exported_model_loads_with_transformers_alone_and_has_the_perplexity
         for window in ids.split(128):
             losses.append(float(model(window[None], labels=window[None]).loss))
     assert len(losses) == 64
-    assert math.exp(sum(losses) / 64) == pytest.approx(smoke.figures["perplexity.pruned"], rel=1e-4)
+    # On a GPU the run computes in the checkpoint's own type, bfloat16.
+    assert math.exp(sum(losses) / 64) == pytest.approx(
+        smoke.figures["perplexity.pruned"], rel=2e-3 if torch.cuda.is_available() else 1e-4)
 
 
 def test_the_exported_model_writes_text(smoke):

@@ -34,11 +34,13 @@ from bipdeploy.pipeline import pipeline
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.names import REPAIRS_COMPARED
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.running import artifacts
+from bipdeploy.running import artifacts, machine
 from bipdeploy.running.reporter import Reporter, Silent
 from bipdeploy.stages import score, search
 from bipdeploy.stages.evaluate import OVERLAP_LIMIT, check_overlap, window_tokens
 from bipdeploy.stages.table import STAGES
+
+Cost = dict[str, float]  # seconds, and peak memory in bytes
 
 
 @dataclass
@@ -162,11 +164,11 @@ def measure(wanted: Plan, meter: Meter, out: Path, reporter: Reporter,
                 continue
             scores = _scores(wanted, own, work / "scores")
             for method, of_method in groupby(own, lambda c: c.method):
-                curves = work / "curves.json"
+                curves, costs = work / "curves.json", dict[str, Cost]()
                 for _, of_ratio in groupby(of_method, lambda c: c.ratio):
                     cells = missing(of_ratio)  # another process may have measured some
                     if cells:
-                        _ratio(wanted, cells, scores[method.ranking], curves, work, meter,
+                        _ratio(wanted, cells, scores[method.ranking], curves, costs, work, meter,
                                recorded, done)
                 curves.unlink(missing_ok=True)
                 said(f"seed {seed}, {method}: "
@@ -202,9 +204,11 @@ def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path
     return found
 
 
-def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work: Path,
-           meter: Meter, recorded: Callable[[Cell, dict[str, Any]], None], done: Measured) -> None:
-    """Measure the cells of one method at one ratio: sliced once, repaired in every way."""
+def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path,
+           costs: dict[str, Cost], work: Path, meter: Meter,
+           recorded: Callable[[Cell, dict[str, Any]], None], done: Measured) -> None:
+    """Measure the cells of one method at one ratio: sliced once, repaired in every way. `costs`:
+    seconds and peak memory of each stage; those of the curves stay for the next ratio."""
     recipe = {c: recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
     inputs = {"dense": wanted.dense, "score": scores}
     with _failing(cells, done), _temporary(work / "sliced") as sliced:
@@ -212,12 +216,13 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
         pruning = recipe[cells[0]].model_copy(update={"recover": wanted.recipe.recover})
         if cells[0].method.layers == "searched":
             if not curves.is_file():
-                with pipeline.finishing("prune"):
+                with pipeline.finishing("prune"), _metered(costs, "curves"):
                     artifacts.write_json(curves, search.curves_record(*search.measured_curves(
                         pruning, wanted.resolved.checkpoint, score.read_scores(scores), work,
                         Silent())))
             inputs["curves"] = curves
-        _stage(wanted, "prune", pruning, inputs, sliced)
+        with _metered(costs, "prune"):
+            _stage(wanted, "prune", pruning, inputs, sliced)
         _require_budget(wanted, sliced, recipe[cells[0]])
         by_repair = sorted(cells, key=lambda c: str(REPAIRS_COMPARED[c.repair]["recover"]))
         for recover, same in groupby(by_repair, lambda c: REPAIRS_COMPARED[c.repair]["recover"]):
@@ -225,20 +230,24 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path, work
             with _failing(alike, done), _temporary(work / "repaired") as repaired:
                 made = sliced
                 if recover["method"] != "none":
-                    _stage(wanted, "recover", recipe[alike[0]],
-                           {"dense": wanted.dense, "sliced": sliced / "model"}, repaired)
+                    with _metered(costs, "recover"):
+                        _stage(wanted, "recover", recipe[alike[0]],
+                               {"dense": wanted.dense, "sliced": sliced / "model"}, repaired)
                     made = repaired
                 for cell in alike:
                     with _failing([cell], done), _tuned(
-                            wanted, cell, recipe[cell], made, work / "tuned") as tuned:
+                            wanted, cell, recipe[cell], made, costs, work / "tuned") as tuned:
                         with pipeline.finishing("evaluate"):
                             figures = meter.of_pruned(tuned / "model")
                         removed = 1 - artifacts.figures([sliced, made])["block_parameters.ratio"]
-                        recorded(cell, {"removed": removed, **figures})
+                        recorded(cell, {"removed": removed, **figures, "costs": dict(costs)})
+                    costs.pop("tune", None)
+                costs.pop("recover", None)
 
 
 @contextmanager
-def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -> Iterator[Path]:
+def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, costs: dict[str, Cost],
+           folder: Path) -> Iterator[Path]:
     """The folder whose `model` is measured: what was made, trained where that is asked for."""
     if "tune" not in REPAIRS_COMPARED[cell.repair]:
         yield made
@@ -246,10 +255,19 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -
     with _temporary(folder):
         inputs = {name: wanted.dense if name == "dense" else made / "model"
                   for name in STAGES["tune"].needs}
-        _stage(wanted, "tune", recipe, inputs, folder)
+        with _metered(costs, "tune"):
+            _stage(wanted, "tune", recipe, inputs, folder)
         # What an interrupted training would go on from; the next cell is another one.
         shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder
+
+
+@contextmanager
+def _metered(costs: dict[str, Cost], name: str) -> Iterator[None]:
+    """Note what a stage takes."""
+    memory, began = machine.PeakMemory(), time.monotonic()
+    yield
+    costs[name] = {"seconds": round(time.monotonic() - began, 3), **memory.record()}
 
 
 def _stage(wanted: Plan, name: str, recipe: Recipe, inputs: dict[str, Path], out: Path) -> None:

@@ -214,7 +214,7 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
             "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
             "inputs": {n: str(p) for n, p in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-            "seconds": round(time.time() - began, 3), "peak_memory_bytes": memory.bytes(),
+            "seconds": round(time.time() - began, 3), **memory.record(),
             "notes": getattr(reporter, "notes", []),
             "environment": machine.environment(),
             "sizes": {str(p.relative_to(partial)): p.stat().st_size
@@ -264,8 +264,9 @@ def _write_run_manifest(resolved: Resolved, folder: Path, keys: Mapping[str, str
     for name in STAGES:
         manifest = artifacts.read_manifest(folder / name)
         if manifest and manifest.get("key") == keys[name]:
-            stages[name] = {k: manifest[k] for k in ("key", "started", "seconds",
-                                                     "peak_memory_bytes", "notes", "sha256")}
+            stages[name] = {k: manifest[k] for k in (
+                "key", "started", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "notes",
+                "sha256") if k in manifest}
     artifacts.write_json(folder / artifacts.MANIFEST, {
         "recipe": plain(resolved.recipe), "model": str(resolved.dense),
         "environment": machine.environment(), "stages": stages})

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
+import re
 import subprocess
+import sys
 from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
@@ -27,10 +30,17 @@ def code_version() -> str:
 
 
 def version_of(library: str) -> str | None:
+    """An installed library's version, or None. PyTorch's with what it is built for, such as +cu130,
+    which not every distribution of it has in its metadata."""
     try:
-        return metadata.version(library)
+        known = metadata.version(library)
     except metadata.PackageNotFoundError:
         return None
+    spec = importlib.util.find_spec(library) if library == "torch" else None
+    own = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    said = (re.search(r"^__version__ = '(.+)'", own.read_text(), re.M)
+            if own and own.is_file() else None)
+    return said[1] if said else known
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +115,7 @@ def _git_commit() -> str | None:
 
 
 class PeakMemory:
-    """Peak resident memory of this process from construction on, in bytes.
+    """Peak resident memory of this process from construction on, in bytes, and of its GPUs.
 
     Linux lets a process reset its own high-water mark; elsewhere the peak is that of the whole
     process so far.
@@ -114,6 +124,14 @@ class PeakMemory:
     def __init__(self) -> None:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
+        for number in _gpus_in_use():
+            sys.modules["torch"].cuda.reset_peak_memory_stats(number)
+
+    def record(self) -> dict[str, int]:
+        """Both as manifests name them; GPUs' where this process has used one."""
+        gpus = [sys.modules["torch"].cuda.max_memory_allocated(n) for n in _gpus_in_use()]
+        return {"peak_memory_bytes": self.bytes(),
+                **({"peak_gpu_memory_bytes": max(gpus)} if any(gpus) else {})}
 
     def bytes(self) -> int:
         try:
@@ -126,6 +144,12 @@ class PeakMemory:
 
         scale = 1 if platform.system() == "Darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _gpus_in_use() -> range:
+    """The numbers of the GPUs, where this process works on them. Loads no torch."""
+    torch = sys.modules.get("torch")
+    return range(torch.cuda.device_count() if torch and torch.cuda.is_initialized() else 0)
 
 
 def quiet_libraries() -> None:
