@@ -80,7 +80,7 @@ def test_the_recipes_that_the_project_promises_are_there():
 
 def test_the_paper_models_are_gated_on_perplexity_and_decoding():
     for path in ALL:
-        if "7b" in path.stem or "13b" in path.stem:
+        if ("7b" in path.stem or "13b" in path.stem) and "random" not in path.stem:
             recipe = recipe_file.load(path)
             assert {"perplexity.ratio", "decode.speedup"} <= set(recipe.gates), path
             assert recipe.evaluate.perplexity.windows == [128, 2048], path

@@ -14,11 +14,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import random_model
 from bipdeploy.errors import InputError
 from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.checkpoint import read_config
 from bipdeploy.model.families import architecture
 from bipdeploy.pruning.slicing import slice_block
-from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.model import ModelSection, ShapeSection
 from bipdeploy.recipe.score import ScoreSection
 from bipdeploy.stages.score import score_together
 from speed import command, decoding, hardware, models, torch_cases
@@ -26,6 +28,7 @@ from speed.cases import Case, Grid, Sizes, chosen
 from speed.results import Results
 from speed.shapes import config_of
 from tests.running import ENVIRONMENT, ROOT, python
+from tests.sliced import loaded
 
 CPU = torch.device("cpu")
 GRID, SIZES = command.TINY
@@ -275,3 +278,20 @@ def test_a_whole_run_on_a_cpu_and_going_on(tmp_path):
     assert records["tiny/score"]["figures"]["score_over_forward"]["median"] > 0
     assert records["tiny/prefill/b2/c24/50%"]["figures"]["ideal_speedup"] > 1.5
     assert "| tiny/decode/b1/c24/50% |" in done.stdout
+
+
+def test_a_random_model_has_the_sizes_of_the_recipe_and_runs(tmp_path, monkeypatch, capsys):
+    shape = {"model_type": "llama", "hidden": 32, "intermediate": 64, "blocks": 2, "heads": 4,
+             "kv_heads": 2, "head_dim": 8, "vocabulary": 4096, "max_positions": 64,
+             "dtype": "float16"}
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({
+        "name": "r", "model": {"id": "random/tiny", "shape": shape},
+        "calibration": {"data": "builtin:pydocs"}, "prune": {"ratio": 0.3}}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    folder = random_model.made(path, ["model.device=cpu"])
+    assert architecture(read_config(folder)) == architecture(ShapeSection(**shape).config)
+    model = loaded(folder)
+    assert torch.isfinite(model(torch.zeros(1, 4, dtype=torch.long)).logits).all()
+    with pytest.raises(InputError, match="random/tiny is there already"):
+        random_model.made(path, [])
