@@ -42,10 +42,13 @@ class Part:
     settings: Mapping[str, Any] = field(default_factory=dict)
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ratios: tuple[float, ...] = (0.2, 0.3, 0.5)
+    texts: Mapping[str, float] = field(default_factory=lambda: {"c4.jsonl": 1.0})  # and shares
 
 
 CHANNELS = {"prune.heads": False}  # three KV heads: uniform widths could only lose a third of them
 BOTH = {"prune.heads": "both"}
+LONG = {"calibration.samples": 48, "calibration.tokens": 1024, "calibration.batch": 4,
+        "prune.search.windows": 12}
 JOINT = "llm_bip_joint"
 SEARCHED = f"{JOINT}@searched"
 PARTS = {
@@ -58,6 +61,10 @@ PARTS = {
     "searched-channels": Part((SEARCHED,), ("none", "refit", "reselect"), CHANNELS),
     "searched": Part((SEARCHED,), ("none", "refit", "reselect")),
     "searched-queries": Part((SEARCHED,), ("none", "refit", "reselect"), BOTH),
+    # 49k tokens instead of 16k, in windows that show what attention carries across them.
+    "searched-long": Part((SEARCHED,), ("none", "refit", "reselect"), LONG),
+    "searched-mixed": Part((SEARCHED,), ("none", "refit", "reselect"), LONG,
+                           texts={"c4.jsonl": 0.5, "code.txt": 0.3, "technical.txt": 0.2}),
     "measured": Part((SEARCHED,), ("refit",), {"prune.search.propagation": "measured"}),
     "rounds": Part((SEARCHED,), ("refit",), {"prune.search.rounds": 3}),
     "evolved": Part((f"{JOINT}@evolved",), ("refit",)),
@@ -93,13 +100,16 @@ def split(text: Path, place: Path) -> tuple[Path, Path]:
 def command(name: str, asked: argparse.Namespace, place: Path) -> list[str]:
     """The command line of a part."""
     part = PARTS[name]
-    c4, c4_test = split(asked.texts / "c4.jsonl", place)
-    _, code_test = split(asked.texts / "code.txt", place)
+    halves = {name: split(asked.texts / name, place) for name in {"c4.jsonl", "code.txt",
+                                                                  *part.texts}}
     settings = {
-        "model.id": str(asked.model), "calibration.data": str(c4), "tune.data": str(asked.texts / "wikipedia.jsonl"),
+        "model.id": str(asked.model), "tune.data": str(asked.texts / "wikipedia.jsonl"),
+        "calibration.data": (str(halves["c4.jsonl"][0]) if len(part.texts) == 1 else [
+            {"source": str(halves[name][0]), "share": share}
+            for name, share in part.texts.items()]),
         "evaluate.perplexity.data": asked.test,
-        "evaluate.perplexity.texts": {"c4": {"data": str(c4_test)},
-                                      "code": {"data": str(code_test)}},
+        "evaluate.perplexity.texts": {Path(name).stem: {"data": str(halves[name][1])}
+                                      for name in ("c4.jsonl", "code.txt")},
         "compare.methods": list(part.methods), "compare.repairs": list(part.repairs),
         "compare.also": {method: list(own) for method, own in part.also.items()},
         "compare.ratios": list(part.ratios), "compare.seeds": asked.seed or [0], **part.settings}
@@ -156,8 +166,8 @@ def main() -> int:
     parser.add_argument("--collect", type=Path, metavar="FILE", help="write what was measured into "
                         "one file, and print the table")
     parser.add_argument("--model", type=Path, help="folder or GGUF file of the model")
-    parser.add_argument("--texts", type=Path, help="folder with c4.jsonl, code.txt and "
-                        "wikipedia.jsonl")
+    parser.add_argument("--texts", type=Path, help="folder with c4.jsonl, code.txt, "
+                        "technical.txt and wikipedia.jsonl")
     parser.add_argument("--test", default="wikitext2", help="main test text, by name or a file")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated; default 0")
     asked = parser.parse_args()

@@ -22,7 +22,8 @@ def asked(tmp_path) -> argparse.Namespace:
     texts.mkdir()
     (texts / "c4.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n"
                                             for n in range(10)), encoding="utf-8")
-    (texts / "code.txt").write_text("".join(f"x = {n}\n" for n in range(10)), encoding="utf-8")
+    for name in ("code.txt", "technical.txt"):
+        (texts / name).write_text("".join(f"{name} {n}\n" for n in range(10)), encoding="utf-8")
     return argparse.Namespace(model="builtin:pico", texts=texts, test="builtin:pydocs", seed=None,
                               out=tmp_path / "out")
 
