@@ -13,13 +13,21 @@ import torch
 from bipdeploy import api
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.measuring import profile
+from bipdeploy.measuring.graphs import RecordedDecoder
 from bipdeploy.model.checkpoint import read_config
 from bipdeploy.model.families import BlockWidths, architecture
 from bipdeploy.planning import latency
 from bipdeploy.planning.latency import Curve
 from bipdeploy.recipe.model import ModelSection
 from tests.running import SMOKE, bipdeploy_here, refused
-from tests.sliced import CPU, architecture_of, token_windows
+from tests.sliced import (
+    CPU,
+    architecture_of,
+    draw_kept,
+    loaded,
+    token_windows,
+    write_sliced,
+)
 from tests.tiny import PICO, tiny_model
 
 HERE = ModelSection(id="here", device="cpu")
@@ -166,3 +174,15 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
                                           " context: 17}"], tmp_path)):
         with pytest.raises(StageError, match=r"^stage profile ran out of memory; lower the batch"):
             asked()
+
+
+@pytest.mark.parametrize("widths", [None, [(1, 40), (0, 96), (2, 24)], [(0, 40), (2, 0), (2, 24)]])
+def test_decoding_with_a_static_cache_gives_the_tokens_of_generate(tmp_path, widths):
+    folder = tiny_model(tmp_path / "m")
+    if widths:
+        folder = write_sliced(folder, tmp_path / "s", draw_kept(architecture_of(folder), widths))
+    model, ids = loaded(folder), token_windows(2, 9)
+    told = model.generate(ids, max_new_tokens=7, min_new_tokens=7, do_sample=False)[:, 9:]
+    decoder = RecordedDecoder(model, ids, 6)
+    assert decoder.tokens() == told[:, 1:].tolist() == decoder.tokens()
+    assert decoder.seconds() > 0

@@ -45,9 +45,9 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
                   **{prefix: OnnxModel(folder, device.type) for prefix, folder in written.items()}}
         runs = {name: partial(rested, generate, model, ids, section.new_tokens)
                 for name, model in models.items()}
-        runs[TORCH] = partial(rested, torch_bench.generate,
-                              loading.load_model(job.inputs["exported"], dtype, device),
-                              ids.to(device), section.new_tokens)
+        runs[TORCH] = partial(rested, torch_bench.generation(
+            loading.load_model(job.inputs["exported"], dtype, device), ids.to(device),
+            section.new_tokens))
         times = interleaved(runs, section.repeats, section.warmup, job.reporter.advance)
     figures: dict[str, float] = {}
     spread: dict[str, Any] = {}

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 
 from bipdeploy.errors import InputError
 from bipdeploy.measuring.timing import Spread, interleaved
-from bipdeploy.measuring.torch_bench import generate
+from bipdeploy.measuring.torch_bench import EAGER, GRAPHS, generation
 from bipdeploy.model import loading
 from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.families import Architecture, BlockWidths
@@ -83,14 +82,16 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
     models = {name: stack.model(widths) for name, widths in variants.items()}
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    runs = {name: partial(generate, models[name.partition("/")[0]], ids, STEPS + 1, clock)
+    generations = {name: generation(model, ids, STEPS + 1, clock)
+                   for name, model in models.items()}
+    runs = {name: generations[name.partition("/")[0]]
             for name in _order(list(variants))}
     times = pooled(interleaved(runs, ROUNDS, WARMUP, reporter.advance))
     phases = {phase: summarise({name: t[phase] for name, t in times.items()}, variants, depth)
               for phase in latency.PHASES}
     return Table(json.loads(json.dumps(key)), phases, depth, ROUNDS, round(time.time() - began, 1),
                  {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(),
-                  "clock": clock.__name__,
+                  "clock": clock.__name__, "decode": GRAPHS if device.type == "cuda" else EAGER,
                   "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                   "environment": machine.environment()})
 

@@ -15,7 +15,7 @@ from bipdeploy.errors import StageError, says_no_memory
 from bipdeploy.measuring.table import refuse_torch
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.model import loading
-from bipdeploy.model.blocks import compute_device, compute_dtype
+from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
 from bipdeploy.model.checkpoint import read_config
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.bench import OnnxBench, TorchBench
@@ -23,6 +23,8 @@ from bipdeploy.recipe.figures import compared
 
 if TYPE_CHECKING:
     import torch
+
+GRAPHS, EAGER = "CUDA graph of a step, static cache; decode_eager: without", "eager"
 
 
 def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
@@ -41,11 +43,12 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     generator = torch.Generator().manual_seed(job.recipe.seed)
     ids = torch.randint(job.dense.architecture.vocabulary, (section.batch, section.prompt_tokens),
                         generator=generator).to(device)
-    runs = {which: partial(generate, model, ids, section.new_tokens)
-            for which, model in models.items()}
+    runs = {which: generation(model, ids, section.new_tokens) for which, model in models.items()}
     times = interleaved(runs, section.repeats, section.warmup, job.reporter.advance)
     del models, runs
+    release_memory()  # the processes that measure memory take the same GPU
     figures, details = summarise(times, section)
+    details["decode"] = GRAPHS if device.type == "cuda" else EAGER
     details |= {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads()}
     if section.memory:
         peaks = {}
@@ -57,6 +60,24 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
                              + ("allocated on the GPU" if device.type == "cuda" else
                                 "resident, above the process before loading"))
     return figures, details
+
+
+def generation(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int,
+               clock: Callable[[], float] = time.perf_counter) -> Callable[[], dict[str, float]]:
+    """What measures one generation as `generate` does. On CUDA, `decode` is of a recorded step,
+    and what `generate` finds is called `decode_eager`."""
+    run = partial(generate, model, ids, new_tokens, clock)
+    if ids.device.type != "cuda":
+        return run
+    from bipdeploy.measuring.graphs import RecordedDecoder
+
+    recorded = RecordedDecoder(model, ids, new_tokens - 1)
+
+    def both() -> dict[str, float]:
+        times = run()
+        return {**times, "decode": recorded.seconds(), "decode_eager": times["decode"]}
+
+    return both
 
 
 def generate(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int,
@@ -95,16 +116,16 @@ def summarise(times: dict[str, dict[str, list[float]]],
                                "repeats": section.repeats, "batch": section.batch,
                                "prompt_tokens": section.prompt_tokens,
                                "new_tokens": section.new_tokens, "spread": {}}
-    for measure in ("prefill", "decode", "ttft"):
+    for measure in times["dense"]:
+        found = {}
         for which, measured in times.items():
-            values = ([section.batch / t for t in measured[measure]] if measure == "decode"
+            values = ([section.batch / t for t in measured[measure]] if "decode" in measure
                       else [t * 1e3 for t in measured[measure]])
-            spread = Spread.of(values)
-            figures[f"{measure}.{which}"] = spread.median
-            details["spread"][f"{measure}.{which}"] = spread.as_dict()
-        gain = speedup(times["dense"][measure], times["pruned"][measure])
-        figures[f"{measure}.speedup"] = gain.median
-        details["spread"][f"{measure}.speedup"] = gain.as_dict()
+            found[f"{measure}.{which}"] = Spread.of(values)
+        found[f"{measure}.speedup"] = speedup(times["dense"][measure], times["pruned"][measure])
+        details["spread"] |= {name: spread.as_dict() for name, spread in found.items()}
+        if measure in ("prefill", "decode", "ttft"):
+            figures |= {name: spread.median for name, spread in found.items()}
     return figures, details
 
 
