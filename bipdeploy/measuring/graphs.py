@@ -22,7 +22,7 @@ class RecordedDecoder:
     reads and writes the same addresses; each reads the whole cache.
     """
 
-    def __init__(self, model: torch.nn.Module, ids: torch.Tensor, steps: int):
+    def __init__(self, model: Any, ids: torch.Tensor, steps: int):
         """`ids`: the prompt [B, T]. On a CPU, which records nothing, the step itself is run."""
         from transformers import StaticCache
 
