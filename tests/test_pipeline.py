@@ -21,7 +21,7 @@ from bipdeploy.errors import InputError, StageError
 from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.pipeline import pipeline
-from bipdeploy.recipe import figures
+from bipdeploy.recipe import figures, tune
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.running import artifacts, machine
 from bipdeploy.running.reporter import Silent
@@ -431,6 +431,18 @@ def test_perplexity_does_not_depend_on_the_batch(tiny):
     ids = torch.arange(7 * 16) % 4096
     one, three = (perplexity(forward_of(model), ids, 16, batch).nats for batch in (1, 3))
     assert one == pytest.approx(three, rel=1e-6)
+
+
+@torch.no_grad()
+def test_perplexity_holds_the_logits_of_a_slice_only(tiny, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    ids = torch.arange(6 * 16) % 4096
+    whole = perplexity(forward_of(model), ids, 16, 3)
+    monkeypatch.setattr(tune, "LOGITS_AT_ONCE", 5 * 4096)
+    parts = [part.shape for part in forward_of(model)(ids.view(6, 16))]
+    assert [rows for rows, _ in parts] == [5] * 19 + [1] and {v for _, v in parts} == {4096}
+    found = perplexity(forward_of(model), ids, 16, 3)
+    assert found.tokens == whole.tokens and found.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
 def test_bits_per_byte_counts_the_bytes_of_the_text(smoke):

@@ -128,7 +128,8 @@ def memory(s: Sizes) -> dict[str, float]:
     cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
         arch.kv_bytes_per_token(bytes_per_value=value))
     longest = max(2048 if w == "max" else w for w in perplexity.windows)
-    logits = 2 * 4 * perplexity.batch * min(longest, arch.max_positions) * arch.vocabulary
+    logits = 3 * 4 * arch.vocabulary * min(  # in float32, with what the loss makes of them
+        perplexity.batch * min(longest, arch.max_positions), slice_tokens(arch.vocabulary))
     return {"score": scoring, "prune": max(writing, searching),
             "recover": repairing,
             "tune": _training(s) * recipe.tune.enabled,

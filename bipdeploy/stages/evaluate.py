@@ -83,8 +83,9 @@ def measure_perplexity(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     figures = _figures("", results["dense"], results["pruned"], per_byte)
     for prefix, folder in onnx.items():
         from bipdeploy.ort.runtime import OnnxModel
+        from bipdeploy.ort.session import device_of
 
-        found = measured(OnnxModel(folder, device.type).logits)
+        found = measured(OnnxModel(folder, device_of(recipe).type).logits)
         figures |= _figures(f"{prefix}.", results["dense"], found, per_byte,
                             torch=results["pruned"])
     described = {name: {
