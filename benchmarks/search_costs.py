@@ -33,8 +33,7 @@ from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.running.reporter import Silent
-from bipdeploy.stages import recover, score
-from bipdeploy.stages.search import measured_curves
+from bipdeploy.stages import curves, recover, score
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of
 from streaming import forward, timed
@@ -58,7 +57,7 @@ def search(model: Path, recipe: Recipe, scores: Path, propagation: str) -> Calla
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as work:
-            measured_curves(recipe, checkpoint, found, Path(work), Silent())
+            curves.measured(recipe, checkpoint, found, Path(work), Silent())
 
     return run
 

@@ -27,7 +27,7 @@ class ProtectSection(Section):
 
 
 class SearchSection(Section):
-    """How `layers: searched` measures what each width of each part costs."""
+    """How stage `curves` measures what each width of each part costs, for `layers: searched`."""
 
     propagation: Literal["measured", "sensitivity"] = Field(
         "sensitivity", description="`measured`: every variant runs through all later blocks; "
@@ -102,6 +102,16 @@ class PruneSection(Section):
     def query_heads(self) -> bool:
         """Whether query heads may leave and their KV head stay."""
         return self.heads in ("query", "both")
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether widths are chosen by what each costs the model's output."""
+        return self.layers == "searched"
+
+    @property
+    def rounds(self) -> int:
+        """In how many steps the budget is met."""
+        return self.search.rounds if self.layers == "searched" else 1
 
     @property
     def wanted(self) -> str:

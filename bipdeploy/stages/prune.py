@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from bipdeploy.errors import InputError
 from bipdeploy.measuring import profile
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.planning import targets
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning.allocation import allocate
 from bipdeploy.running import artifacts
-from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
+from bipdeploy.stages.score import SUMMARY, read_influence, read_scores, require_scores
 from bipdeploy.stages.search import searched, write_sliced
 
 KEPT = "kept.json"
@@ -22,16 +21,7 @@ def run(job: Job) -> None:
     """Write `model/` (the sliced checkpoint), `kept.json` and the size figures."""
     arch = job.dense.architecture
     scores = read_scores(job.inputs["score"])
-    if len(scores) != len(arch.blocks) or any(
-            (len(s.heads), len(s.ffn)) != (w.kv_heads, w.intermediate)
-            for s, w in zip(scores, arch.blocks, strict=False)):
-        raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
-                         "widths differ; score the model again")
-    if job.recipe.prune.query_heads and any(
-            len(s.queries) != w.heads for s, w in zip(scores, arch.blocks, strict=True)):
-        raise InputError(f"prune.heads: {job.recipe.prune.heads} needs the scores of query heads, "
-                         f"and those in {job.inputs['score']} are older; score the model again, or "
-                         "set prune.heads to kv")
+    require_scores(job, scores)
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     dense = profile.timed(job.dense, job.reporter)
     target, section = dense.target, job.recipe.prune
