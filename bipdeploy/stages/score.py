@@ -68,7 +68,9 @@ def write(folder: Path, section: ScoreSection, walked: Walked,
     criterion = CRITERIA[section.criterion]
     tensors: dict[str, torch.Tensor] = {}
     for index, (own, influence) in enumerate(zip(walked.scores, walked.influence, strict=True)):
-        tensors |= {f"block.{index}.{kind}": values for kind, values in own._asdict().items()}
+        # Copied: without groups of query heads theirs are those of the KV heads, one tensor.
+        tensors |= {f"block.{index}.{kind}": values.clone()
+                    for kind, values in own._asdict().items()}
         tensors[f"block.{index}.influence"] = influence
     save_file(tensors, folder / SCORES)
     artifacts.write_json(folder / SUMMARY, {
