@@ -40,6 +40,10 @@ from streaming import forward, timed
 
 BLOCKS = (8, 16, 32)
 SHAPE = "30M"
+# A fixed ridge, and text enough that the walks' products outweigh the refits' solutions, which cost
+# the same however much text there is: the search's own cost is what grows here.
+TEXT = ("calibration.samples=32", "calibration.tokens=128", "prune.search.windows=8",
+        "prune.search.points=4", "recover.refit.ridge=0.1")
 
 
 def recipe_of(model: Path, *settings: str) -> Recipe:
@@ -96,17 +100,16 @@ def growth(rounds: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             config = {**config_of(SHAPE), "num_hidden_layers": count}
             model = random_checkpoint(Path(work) / "model", config)
-            recipe = recipe_of(model, "calibration.samples=12", "calibration.tokens=128",
-                               "prune.search.windows=4", "prune.search.points=4")
-            settings = ["calibration.samples=12", "model.device=cpu"]
-            scores = api.score(str(model), Path(work) / "scores", settings)
+            recipe = recipe_of(model, *TEXT)
+            scores = api.score(str(model), Path(work) / "scores", [*TEXT[:2], "model.device=cpu"])
             found[count] = compared({
                 "forward": forward(model, recipe),
                 **{own: search(model, recipe, scores, own)
                    for own in ("sensitivity", "measured")}}, rounds, 1)
         print(count, {name: round(own["cpu_seconds"]["passes"]["median"], 2)
                       for name, own in found[count].items()}, flush=True)
-    return {"shape": {**asdict(SHAPES[SHAPE]), "blocks": BLOCKS}, "blocks": found}
+    return {"shape": {**asdict(SHAPES[SHAPE]), "blocks": BLOCKS}, "settings": TEXT,
+            "blocks": found}
 
 
 def real(model: Path, text: Path, rounds: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -10,16 +11,20 @@ import pytest
 
 from bipdeploy import api
 from bipdeploy.errors import InputError
+from bipdeploy.model.families import Heads
 from bipdeploy.pipeline import pipeline
 from bipdeploy.pipeline.keys import stage_keys
 from bipdeploy.planning import footprint
 from bipdeploy.planning.resolved import resolve
+from bipdeploy.pruning.kept import BlockScores
+from bipdeploy.pruning.search import Curve
+from bipdeploy.pruning.sensitivity import weighted
 from bipdeploy.recipe import file
 from bipdeploy.running import artifacts
 from bipdeploy.stages import curves as measuring
 from bipdeploy.sweeping import command, running, trials
 from tests.running import bipdeploy_here, refused
-from tests.sliced import results, short_calibration
+from tests.sliced import architecture_of, results, short_calibration
 from tests.tiny import tiny_model
 
 SEARCHED = ["prune.layers=searched", "prune.round_to=8", "prune.search.points=3",
@@ -182,7 +187,7 @@ def test_curves_of_something_else_are_one_line(tiny, tmp_path):
     deeper = tiny_model(tmp_path / "deeper", blocks=4)
     of_deeper = api.score(str(deeper), tmp_path / "of_deeper", settings)
     assert "of another model" in faults(deeper, of_deeper, made)
-    with pytest.raises(InputError, match="the scores in .* are not of this model"):
+    with pytest.raises(InputError, match=r"the scores in .* are not of this model"):
         api.curves(str(deeper), scores, tmp_path / "out", settings)
 
 
@@ -216,3 +221,44 @@ def test_a_plan_shows_the_search_in_a_row_of_its_own(tiny, tmp_path):
     assert again["curves"] == searched["curves"]
     assert again["prune"].seconds > 2 * searched["curves"].seconds
     assert again["prune"].memory >= searched["curves"].memory
+
+
+# Weights of a global ranking
+
+def test_weighted_scores_add_up_to_what_half_a_part_costs_and_rank_as_before(tiny):
+    arch = architecture_of(tiny)
+    draw = random.Random(0)
+    scores = [BlockScores([draw.random() for _ in range(w.kv_heads)],
+                          [draw.random() for _ in range(w.intermediate)]) for w in arch.blocks]
+    found = weighted(arch, scores, [
+        Curve(block, part, list(widths), [4.0 * (block + 1), 0.0])
+        for block, w in enumerate(arch.blocks) for part, widths in (
+            ("heads", (Heads(w.kv_heads // 2, w.group), w.attention)),
+            ("ffn", (w.intermediate // 2, w.intermediate)))])
+    for block, (before, after) in enumerate(zip(scores, found, strict=True)):
+        for part in ("heads", "ffn"):
+            plain, own = getattr(before, part), getattr(after, part)
+            assert sum(sorted(own)[:len(own) // 2]) == pytest.approx(4 * (block + 1))
+            assert sorted(range(len(own)), key=own.__getitem__) == sorted(
+                range(len(own)), key=plain.__getitem__)
+
+
+def test_a_global_ranking_is_weighed_by_curves_where_that_is_asked_for(
+        tiny, tmp_path, measurements):
+    ranked = ["prune.layers=global", "evaluate.perplexity.enabled=false"]
+    assert ran(recipe(tiny, tmp_path, *ranked), tmp_path) == ["score", "curves", "prune"]
+    plain = artifacts.read_json(tmp_path / "run" / "prune" / "kept.json")
+    assert measurements == [] and "search" not in plain
+    ranked += ["prune.global_weights=sensitivity"]
+    assert ran(recipe(tiny, tmp_path, *ranked), tmp_path) == ["curves", "prune"]
+    made = artifacts.read_json(tmp_path / "run" / "prune" / "kept.json")
+    assert made["blocks"] != plain["blocks"] and made["search"]["windows"] == 4
+    assert artifacts.figures([tmp_path / "run" / "prune"])["block_parameters.ratio"] == (
+        pytest.approx(0.7, abs=0.03))
+    assert ran(recipe(tiny, tmp_path), tmp_path) == ["prune"]  # a search reads the same curves
+    assert len(measurements) == 1
+
+
+def test_weights_are_known_by_name(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"prune\.global_weights: .*'none' or 'sensitivity'"):
+        recipe(tiny, tmp_path, "prune.global_weights=fisher")

@@ -72,6 +72,11 @@ class PruneSection(Section):
         "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
         "channels, in one ranking (FLAP's). `searched`: widths by block, split between heads and "
         "FFN so that the model's output changes least.")
+    global_weights: Literal["none", "sensitivity"] = Field(
+        "none", description="What scores of different blocks are weighed by under `layers: "
+        "global`. `none`: they are compared as they are, or standardised where the criterion asks "
+        "for it. `sensitivity`: by what an error of their block does to the model's output, from "
+        "the curves of `search`.")
     search: SearchSection = Field(default_factory=SearchSection)
     depth: DepthSection = Field(
         default_factory=DepthSection, description="What is dropped before widths meet the rest of "
@@ -106,7 +111,8 @@ class PruneSection(Section):
     @property
     def needs_curves(self) -> bool:
         """Whether widths are chosen by what each costs the model's output."""
-        return self.layers == "searched"
+        return self.layers == "searched" or (
+            self.layers == "global" and self.global_weights == "sensitivity")
 
     @property
     def rounds(self) -> int:

@@ -10,7 +10,11 @@ from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.planning import targets
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning.allocation import allocate
+from bipdeploy.pruning.kept import keep
+from bipdeploy.pruning.search import Curve
+from bipdeploy.pruning.sensitivity import weighted
 from bipdeploy.running import artifacts
+from bipdeploy.stages import curves
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores, require_scores
 from bipdeploy.stages.search import searched, write_sliced
 
@@ -30,13 +34,19 @@ def run(job: Job) -> None:
         widths, kept, details = searched(job, scores)
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
-        allocated = partial(allocate, arch, scores=scores, comparable=summary["comparable"],
+        ranked, comparable = scores, summary["comparable"]
+        if section.needs_curves:
+            details = {"search": curves.given(job, scores)}
+            measured = [Curve.read(own, arch) for own in details["search"]["curves"]]
+            ranked, comparable = weighted(arch, scores, measured), True
+        allocated = partial(allocate, arch, scores=ranked, comparable=comparable,
                             one_scale=summary.get("one_scale", False), influence=influence,
                             tensor_parallel=job.recipe.hardware.tensor_parallel)
         section = targets.settled(arch, section, target, influence=influence,
                                   tensor_parallel=job.recipe.hardware.tensor_parallel,
                                   widths_of=lambda tried: allocated(section=tried)[0])
-        widths, kept = allocated(section=section)
+        widths, _ = allocated(section=section)
+        kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     config = write_sliced(job, job.out / "model", kept, widths)
     figures = size_figures(arch, architecture(config))
     job.write(KEPT, {
