@@ -17,13 +17,13 @@ from bipdeploy.pruning.search import Curve
 
 def weighted(arch: Architecture, scores: Sequence[BlockScores], curves: Sequence[Curve]
              ) -> list[BlockScores]:
-    """Scores of KV heads and channels in nats per token, by block: their squares, which are
-    energies of errors, so scaled that those of the worse half of a part add up to what its curve
-    has at half the width. Parts that are not pruned have no scores here that mean anything."""
+    """Scores of KV heads and channels in nats per token, by block: so scaled that those of the
+    worse half of a part add up to what its curve has at half the width. Parts that are not pruned
+    have no scores here that mean anything."""
     found = list(scores)
     for curve in curves:
         own, dense = found[curve.block], arch.blocks[curve.block]
-        values = [s * s for s in getattr(own, curve.part)]
+        values = getattr(own, curve.part)
         left = len(values) // 2
         cost = curve.at(Heads(left, dense.group) if curve.part == "heads" else left)
         gone = sum(sorted(values)[:len(values) - left])
