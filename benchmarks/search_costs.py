@@ -33,14 +33,17 @@ from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.running.reporter import Silent
-from bipdeploy.stages import recover, score
-from bipdeploy.stages.search import measured_curves
+from bipdeploy.stages import curves, recover, score
 from speed.models import random_checkpoint
 from speed.shapes import SHAPES, config_of
 from streaming import forward, timed
 
 BLOCKS = (8, 16, 32)
 SHAPE = "30M"
+# A fixed ridge, and text enough that the walks' products outweigh the refits' solutions, which cost
+# the same however much text there is: the search's own cost is what grows here.
+TEXT = ("calibration.samples=32", "calibration.tokens=128", "prune.search.windows=8",
+        "prune.search.points=4", "recover.refit.ridge=0.1")
 
 
 def recipe_of(model: Path, *settings: str) -> Recipe:
@@ -58,7 +61,7 @@ def search(model: Path, recipe: Recipe, scores: Path, propagation: str) -> Calla
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as work:
-            measured_curves(recipe, checkpoint, found, Path(work), Silent())
+            curves.measured(recipe, checkpoint, found, Path(work), Silent())
 
     return run
 
@@ -97,17 +100,16 @@ def growth(rounds: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             config = {**config_of(SHAPE), "num_hidden_layers": count}
             model = random_checkpoint(Path(work) / "model", config)
-            recipe = recipe_of(model, "calibration.samples=12", "calibration.tokens=128",
-                               "prune.search.windows=4", "prune.search.points=4")
-            settings = ["calibration.samples=12", "model.device=cpu"]
-            scores = api.score(str(model), Path(work) / "scores", settings)
+            recipe = recipe_of(model, *TEXT)
+            scores = api.score(str(model), Path(work) / "scores", [*TEXT[:2], "model.device=cpu"])
             found[count] = compared({
                 "forward": forward(model, recipe),
                 **{own: search(model, recipe, scores, own)
                    for own in ("sensitivity", "measured")}}, rounds, 1)
         print(count, {name: round(own["cpu_seconds"]["passes"]["median"], 2)
                       for name, own in found[count].items()}, flush=True)
-    return {"shape": {**asdict(SHAPES[SHAPE]), "blocks": BLOCKS}, "blocks": found}
+    return {"shape": {**asdict(SHAPES[SHAPE]), "blocks": BLOCKS}, "settings": TEXT,
+            "blocks": found}
 
 
 def real(model: Path, text: Path, rounds: int) -> dict[str, Any]:

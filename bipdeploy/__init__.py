@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import Any
 
 __version__ = metadata.version("bipdeploy")
-__all__ = ["bench", "compare", "evaluate", "export", "gate", "plan", "profile", "prune",
+__all__ = ["bench", "compare", "curves", "evaluate", "export", "gate", "plan", "profile", "prune",
            "recover", "report", "run", "score", "sweep", "tune"]
 
 

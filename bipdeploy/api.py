@@ -87,15 +87,27 @@ def score(model: str, out: PathLike, settings: Sequence[str] = (),
     return _stage("score", model, {}, out, settings, reporter, force)
 
 
+def curves(model: str, scores: PathLike, out: PathLike, settings: Sequence[str] = (),
+           reporter: Reporter | None = None, *, force: bool = False) -> Path:
+    """Measure what each width of each part of a model costs its output, whatever the budget;
+    returns the folder with `curves.json`."""
+    return _stage("curves", model, {"score": Path(scores)}, out,
+                  ["prune.layers=searched", *settings], reporter, force)
+
+
 def prune(model: str, scores: PathLike, out: PathLike, ratio: float | None = None,
           settings: Sequence[str] = (), reporter: Reporter | None = None, *,
-          force: bool = False) -> Path:
+          curves: PathLike | None = None, force: bool = False) -> Path:
     """Slice a model by its scores; returns the folder that holds the smaller `model`.
 
-    Without a `ratio` the settings give `prune.target`.
+    Without a `ratio` the settings give `prune.target`. With `curves` widths are searched, unless
+    the settings say otherwise; a search without them measures its own.
     """
-    return _stage("prune", model, {"score": Path(scores)}, out,
-                  [f"prune.ratio={'null' if ratio is None else ratio}", *settings], reporter, force)
+    inputs, searched = {"score": Path(scores)}, []
+    if curves is not None:
+        inputs["curves"], searched = Path(curves), ["prune.layers=searched"]
+    return _stage("prune", model, inputs, out, [
+        f"prune.ratio={'null' if ratio is None else ratio}", *searched, *settings], reporter, force)
 
 
 def recover(model: str, pruned: PathLike, out: PathLike, settings: Sequence[str] = (),

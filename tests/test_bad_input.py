@@ -377,11 +377,11 @@ def test_a_full_disk_keeps_the_earlier_stages(tmp_path, words, monkeypatch):
         data = f"calibration.data={words}"
         refused(run_here(runs, data), 1, "the disk is full while writing", "recover",
                 "earlier stages are kept")
-        assert stages(runs) == ["score", "prune"]
+        assert stages(runs) == ["score", "curves", "prune"]
         subprocess.run(["mount", "-o", "remount,size=64m", runs], check=True)
         done = bipdeploy_here("run", SMOKE, "--runs", runs, "--set", data, "--until", "recover",
                               "--json")
-        assert json.loads(done.stdout)["reused"] == ["score", "prune"]
+        assert json.loads(done.stdout)["reused"] == ["score", "curves", "prune"]
         assert json.loads(done.stdout)["ran"] == ["recover"]
     finally:
         subprocess.run(["umount", runs], check=True)
@@ -418,7 +418,7 @@ def test_a_file_that_the_system_will_not_let_grow_keeps_the_earlier_stages(tmp_p
 
     done = run(tmp_path / "runs", f"calibration.data={words}", preexec_fn=limited)
     refused(done, 1, "prune", "File too large")
-    assert stages(tmp_path / "runs") == ["score"]
+    assert stages(tmp_path / "runs") == ["score", "curves"]
 
 
 def mounted(folder: Path, options: str) -> Path:

@@ -29,7 +29,6 @@ from bipdeploy.running import artifacts
 from bipdeploy.stages.score import score_blocks, score_together
 from tests.running import ENVIRONMENT, RECIPES, ROOT, SCRIPT, bipdeploy, bipdeploy_here
 from tests.sliced import architecture_of, short_calibration, token_windows
-from tests.sliced import results as files
 
 
 def recipe(model, folder, compare: dict | None = None, settings: list[str] | None = None):
@@ -322,24 +321,6 @@ def test_a_method_that_misses_the_budget_is_not_run_and_says_why(tiny, tmp_path)
     assert about["cell"] == "seed 0, llm_bip:bound at 20%, none"
     assert "more than one rounding unit" in about["why"]
     assert "Not run" in (tmp_path / "out" / command.PAGE).read_text()
-
-
-def test_curves_that_are_given_lead_to_the_widths_that_measured_ones_do(tiny, tmp_path):
-    settings = [*short_calibration(tmp_path), "prune.layers=searched", "prune.round_to=8",
-                "prune.search.points=3"]
-    scores = api.score(str(tiny), tmp_path / "scores", settings)
-    whole = api.prune(str(tiny), scores, tmp_path / "whole", 0.3, settings)
-    curves = tmp_path / "curves.json"
-    kept = artifacts.read_json(whole / "kept.json")
-    artifacts.write_json(curves, {n: kept["search"][n] for n in ("windows", "curves")})
-    from bipdeploy.planning.job import Job
-    from bipdeploy.stages import prune
-
-    (tmp_path / "given").mkdir()
-    own = recipe_file.build({"name": "x", "model": {"id": str(tiny)}, "prune": {"ratio": 0.3}},
-                            "test", settings)
-    prune.run(Job(own, {"dense": tiny, "score": scores, "curves": curves}, tmp_path / "given"))
-    assert files(tmp_path / "given") == files(whole)
 
 
 @pytest.mark.parametrize("recipe_path", [RECIPES / "compare-pico.yaml"])

@@ -156,7 +156,7 @@ def test_a_second_run_reuses_every_stage_and_loads_no_torch(smoke):
 def test_another_ratio_reruns_from_prune_on_and_not_score(again):
     before = again().figures
     result = again("prune.ratio=0.5")
-    assert (result.reused, result.ran) == (["score"], NAMES[1:])
+    assert (result.reused, result.ran) == (NAMES[:2], NAMES[2:])
     assert result.figures["block_parameters.ratio"] < before["block_parameters.ratio"]
     assert result.figures["perplexity.pruned"] > before["perplexity.pruned"]
     assert result.figures["perplexity.dense"] == before["perplexity.dense"]
@@ -178,7 +178,7 @@ def test_text_that_a_rule_gives_is_reused_where_it_is_the_same(again):
     """32 windows of 64 are 16/3 tokens for each of 384 channels; half of that is other text."""
     rule = ("calibration.samples=null", "calibration.tokens_per_channel=5.33")
     result = again(*rule, until="recover")
-    assert (result.reused, result.ran) == (NAMES[:3], [])
+    assert (result.reused, result.ran) == (NAMES[:4], [])
     result = again(rule[0], "calibration.tokens_per_channel=2.66", until="score")
     assert result.ran == ["score"]
     made = artifacts.read_json(again.folder / "score" / "scores.json")["calibration"]
@@ -189,7 +189,7 @@ def test_text_that_a_rule_gives_is_reused_where_it_is_the_same(again):
 
 def test_where_activations_are_kept_reruns_nothing(again):
     result = again("calibration.spill=true", until="recover")
-    assert (result.reused, result.ran) == (NAMES[:3], [])
+    assert (result.reused, result.ran) == (NAMES[:4], [])
 
 
 def test_another_gate_reruns_the_judgement_and_the_report_alone(again):
@@ -208,7 +208,7 @@ def test_another_gate_reruns_the_judgement_and_the_report_alone(again):
 
 def test_force_reruns_every_stage_until_the_last_that_is_wanted(again):
     result = again(force=True, until="prune")
-    assert (result.ran, result.reused) == (["score", "prune"], [])
+    assert (result.ran, result.reused) == (["score", "curves", "prune"], [])
 
 
 def test_from_reruns_from_a_stage_on(again):
@@ -217,12 +217,12 @@ def test_from_reruns_from_a_stage_on(again):
 
 
 def test_until_ends_after_a_stage_and_a_later_run_goes_on_from_there(tmp_path, again):
-    for name in NAMES[3:]:
+    for name in NAMES[4:]:
         shutil.rmtree(again.folder / name)
     assert again(until="recover").ran == []
     assert not (again.folder / "tune").exists()
     result = again(until="export")
-    assert (result.reused, result.ran) == (NAMES[:3], ["tune", "export"])
+    assert (result.reused, result.ran) == (NAMES[:4], ["tune", "export"])
 
 
 def test_figures_and_gates_of_stages_that_no_longer_hold_are_not_shown(again):
@@ -232,7 +232,7 @@ def test_figures_and_gates_of_stages_that_no_longer_hold_are_not_shown(again):
                                   for name in result.figures)
     assert result.failed_gates == []
     manifest = artifacts.read_json(again.folder / "manifest.json")
-    assert list(manifest["stages"]) == ["score", "prune"]
+    assert list(manifest["stages"]) == ["score", "curves", "prune"]
 
 
 def test_a_run_s_manifest_keeps_the_stages_that_still_hold(again):
@@ -271,7 +271,7 @@ def test_a_stage_whose_file_is_cut_off_reruns(again, stage, name):
 
 def test_without_repair_the_sliced_model_is_exported(again):
     result = again("recover.method=none", until="export")
-    assert (result.reused, result.ran) == (["score", "prune"], ["recover", "tune", "export"])
+    assert (result.reused, result.ran) == (NAMES[:3], ["recover", "tune", "export"])
     exported, sliced = (hashes(again.folder / folder)
                         for folder in ("export/transformers", "prune/model"))
     assert exported.pop("README.md") and exported == sliced
@@ -322,7 +322,8 @@ def test_an_error_of_a_stage_s_own_code_is_one_line_that_names_the_stage(tmp_pat
 
 @pytest.mark.parametrize(("stage", "advice"), [
     ("score", "calibration.spill: true"), ("recover", "calibration.spill: true"),
-    ("prune", "prune.search.windows"), ("export", "export.onnx"),
+    ("curves", "prune.search.windows"), ("prune", "prune.search.windows"),
+    ("export", "export.onnx"),
     ("evaluate", "evaluate.perplexity.batch"), ("bench", "bench.torch.batch")])
 def test_a_stage_that_runs_out_of_memory_says_what_to_lower(tmp_path, monkeypatch, stage, advice):
     monkeypatch.setattr(Stage, "load", lambda _: lambda _: torch.empty(1 << 50))

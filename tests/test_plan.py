@@ -68,7 +68,7 @@ def pruned_globally(smoke, tmp_path_factory) -> Path:
     """A runs folder with the smoke recipe pruned by `layers: global`."""
     runs = tmp_path_factory.mktemp("global")
     shutil.copytree(smoke.folder / "score", runs / "smoke" / "score")
-    assert api.run(SMOKE, ["prune.layers=global"], runs, until="prune").ran == ["prune"]
+    assert api.run(SMOKE, ["prune.layers=global"], runs, until="prune").ran == ["curves", "prune"]
     return runs
 
 
@@ -88,7 +88,7 @@ def test_uniform_widths_and_sizes_are_those_that_a_run_makes(smoke, tmp_path):
 def test_the_prune_stage_makes_what_was_planned(smoke, tmp_path, overrides):
     shutil.copytree(smoke.folder / "score", tmp_path / "smoke" / "score")
     shown = planned(tmp_path, *overrides)
-    assert api.run(SMOKE, overrides, tmp_path, until="prune").ran == ["prune"]
+    assert api.run(SMOKE, overrides, tmp_path, until="prune").ran == ["curves", "prune"]
     assert shown.pruned == made_by(tmp_path / "smoke" / "prune")
     assert shown.figures == sizes_in(tmp_path / "smoke" / "prune")
     assert faults(shown.pruned, shown.tensor_parallel) == []

@@ -25,6 +25,7 @@ from bipdeploy.pruning.slicing import slice_block
 from bipdeploy.recipe import file
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.running.artifacts import figures, read_json
+from bipdeploy.stages.score import read_scores
 from tests.sliced import architecture_of, loaded, logits, short_calibration, token_windows
 from tests.test_allocation import all_parameters, removed, sizes
 from tests.tiny import tiny_model
@@ -47,6 +48,15 @@ def section(ratio: float, heads: str, **more) -> PruneSection:
 def grouped(tmp_path):
     """Two KV heads of three query heads each."""
     return tiny_model(tmp_path / "model", heads=6, hidden_size=96)
+
+
+def test_scores_are_written_where_query_heads_are_kv_heads(tmp_path):
+    """Heads that are measured and those of single queries are one tensor then."""
+    model = tiny_model(tmp_path / "model", heads=2, kv_heads=2)
+    for propagation in ("bound", "measured"):
+        scores = api.score(str(model), tmp_path / propagation, [
+            *short_calibration(tmp_path), f"score.propagation={propagation}"])
+        assert all(list(own.heads) == list(own.queries) for own in read_scores(scores))
 
 
 # What is allowed

@@ -25,7 +25,7 @@ from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.running import artifacts
 from bipdeploy.stages import score
-from bipdeploy.stages.search import searched_text
+from bipdeploy.stages.curves import searched_text
 from tests.running import RECIPES
 from tests.sliced import (
     architecture_of,

@@ -24,7 +24,7 @@ from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.figures import expected
 from bipdeploy.reporting import summary
 from bipdeploy.running import artifacts
-from bipdeploy.stages import evaluate, search
+from bipdeploy.stages import curves, evaluate
 from tests.running import SMOKE, bipdeploy_here, refused
 from tests.tiny import PICO
 
@@ -272,7 +272,7 @@ def test_a_source_s_windows_are_in_the_order_of_its_text(two):
 def test_what_a_search_judges_by_and_what_it_fits_to_hold_both_sources(two, share):
     settings = [mixed(*sources(two, share)), "prune.search.windows=16"]
     recipe = recipe_file.load(SMOKE, settings)
-    found = search.searched_text(recipe, drawn(*settings)[0])
+    found = curves.searched_text(recipe, drawn(*settings)[0])
     for part in (found.judged, found.fitted):
         assert abs(sum(of_first(torch.cat(part))) / sum(map(len, part)) - share) < 0.1
         assert set(of_first(torch.cat(part))) == {True, False}

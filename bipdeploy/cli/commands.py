@@ -271,8 +271,8 @@ def schema() -> None:
     print(json.dumps(recipe_file.schema(), indent=2))
 
 
-for _stage in (single.score, single.prune, single.recover, single.tune, single.export,
-               single.evaluate, single.bench, single.gate, single.report):
+for _stage in (single.score, single.curves, single.prune, single.recover, single.tune,
+               single.export, single.evaluate, single.bench, single.gate, single.report):
     app.command(rich_help_panel="One stage on plain paths")(_stage)
 
 

@@ -11,6 +11,7 @@ from bipdeploy.cli.options import Force, Out, Set
 from bipdeploy.errors import GateError
 
 Model = Annotated[str, typer.Argument(help="builtin:pico, a model folder or a hub id.")]
+Scores = Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")]
 Pruned = Annotated[Path, typer.Argument(help="A pruned model: its folder, or a stage's.")]
 
 
@@ -19,14 +20,20 @@ def score(model: Model, out: Out, settings: Set = None, force: Force = False) ->
     _one("score", force, model, out, settings or [])
 
 
-def prune(model: Model,
-          scores: Annotated[Path, typer.Argument(help="What `bipdeploy score` wrote.")],
-          out: Out,
+def curves(model: Model, scores: Scores, out: Out, settings: Set = None,
+           force: Force = False) -> None:
+    """Measure what each width costs, for all budgets."""
+    _one("curves", force, model, scores, out, settings or [])
+
+
+def prune(model: Model, scores: Scores, out: Out,
           ratio: Annotated[float | None, typer.Option(
               help="Share of block parameters to remove; or --set prune.target=…")] = None,
+          curves: Annotated[Path | None, typer.Option(
+              help="What `bipdeploy curves` wrote; widths are searched by it.")] = None,
           settings: Set = None, force: Force = False) -> None:
     """Slice a model by its scores."""
-    _one("prune", force, model, scores, out, ratio, settings or [])
+    _one("prune", force, model, scores, out, ratio, settings or [], curves=curves)
 
 
 def recover(model: Model, pruned: Pruned, out: Out, settings: Set = None,
@@ -78,13 +85,13 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A run, such as runs/
     _one("report", force, run_folder, out)
 
 
-def _one(name: str, force: bool, *arguments: Any, table: bool = False) -> None:
+def _one(name: str, force: bool, *arguments: Any, table: bool = False, **options: Any) -> None:
     """Run one stage by its API function, with a progress bar, then say what it wrote."""
     from bipdeploy import api
     from bipdeploy.cli import console, screens
 
     with console.bar(name) as bar:
-        out = getattr(api, name)(*arguments, reporter=bar, force=force)
+        out = getattr(api, name)(*arguments, reporter=bar, force=force, **options)
     if table:
         screens.show_comparison({name: out})
     console.out.print(f"wrote {out}", markup=False)

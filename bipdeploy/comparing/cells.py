@@ -160,7 +160,7 @@ def key(wanted: Plan, cell: Cell) -> str:
                                          "evaluate", "seed", *REPAIRS_COMPARED[cell.repair]))}
     found["sections"]["recover"] = own.recover.used
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
-    if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
+    if own.prune.needs_curves:  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.tune.enabled:
         found["sections"]["tune"] = plain(own.tune, WHERE | own.tune.unused)

@@ -35,8 +35,9 @@ from bipdeploy.planning.job import Job
 from bipdeploy.recipe.names import REPAIRS_COMPARED
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
-from bipdeploy.running.reporter import Reporter, Silent
-from bipdeploy.stages import score, search
+from bipdeploy.running.reporter import Reporter
+from bipdeploy.stages import score
+from bipdeploy.stages.curves import CURVES
 from bipdeploy.stages.evaluate import OVERLAP_LIMIT, check_overlap, window_tokens
 from bipdeploy.stages.table import STAGES
 
@@ -163,14 +164,14 @@ def measure(wanted: Plan, meter: Meter, out: Path, reporter: Reporter,
             if not own:
                 continue
             scores = _scores(wanted, own, work / "scores")
+            spent: dict[Path, dict[str, Cost]] = {}
             for method, of_method in groupby(own, lambda c: c.method):
-                curves, costs = work / "curves.json", dict[str, Cost]()
                 for _, of_ratio in groupby(of_method, lambda c: c.ratio):
                     cells = missing(of_ratio)  # another process may have measured some
                     if cells:
-                        _ratio(wanted, cells, scores[method.ranking], curves, costs, work, meter,
+                        ranked = scores[method.ranking]
+                        _ratio(wanted, cells, ranked, spent.setdefault(ranked, {}), work, meter,
                                recorded, done)
-                curves.unlink(missing_ok=True)
                 said(f"seed {seed}, {method}: "
                      + _progress(done.count, total, time.monotonic() - began))
             shutil.rmtree(work / "scores")
@@ -204,22 +205,22 @@ def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path
     return found
 
 
-def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path,
-           costs: dict[str, Cost], work: Path, meter: Meter,
-           recorded: Callable[[Cell, dict[str, Any]], None], done: Measured) -> None:
+def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, costs: dict[str, Cost], work: Path,
+           meter: Meter, recorded: Callable[[Cell, dict[str, Any]], None], done: Measured) -> None:
     """Measure the cells of one method at one ratio: sliced once, repaired in every way. `costs`:
-    seconds and peak memory of each stage; those of the curves stay for the next ratio."""
+    seconds and peak memory of each stage; those of the curves stay for others of these scores."""
     recipe = {c: recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
     inputs = {"dense": wanted.dense, "score": scores}
     with _failing(cells, done), _temporary(work / "sliced") as sliced:
         # Widths are chosen for the recipe's own repair, whatever is done to them later.
         pruning = recipe[cells[0]].model_copy(update={"recover": wanted.recipe.recover})
-        if cells[0].method.layers == "searched":
-            if not curves.is_file():
-                with pipeline.finishing("prune"), _metered(costs, "curves"):
-                    artifacts.write_json(curves, search.curves_record(*search.measured_curves(
-                        pruning, wanted.resolved.checkpoint, score.read_scores(scores), work,
-                        Silent())))
+        curved = pruning.prune.needs_curves
+        if curved:
+            curves = scores / "curves"  # beside what they depend on: one for all ratios and layers
+            if not (curves / CURVES).is_file():
+                curves.mkdir(exist_ok=True)
+                with _metered(costs, "curves"):
+                    _stage(wanted, "curves", pruning, dict(inputs), curves)
             inputs["curves"] = curves
         with _metered(costs, "prune"):
             _stage(wanted, "prune", pruning, inputs, sliced)
@@ -240,7 +241,9 @@ def _ratio(wanted: Plan, cells: Sequence[Cell], scores: Path, curves: Path,
                         with pipeline.finishing("evaluate"):
                             figures = meter.of_pruned(tuned / "model")
                         removed = 1 - artifacts.figures([sliced, made])["block_parameters.ratio"]
-                        recorded(cell, {"removed": removed, **figures, "costs": dict(costs)})
+                        recorded(cell, {"removed": removed, **figures, "costs": {
+                            stage: cost for stage, cost in costs.items()
+                            if curved or stage != "curves"}})
                     costs.pop("tune", None)
                 costs.pop("recover", None)
 

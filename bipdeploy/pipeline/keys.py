@@ -34,13 +34,13 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     upstream = {part.split("/")[0] for artefact in stage.needs
                 for part in ARTEFACTS.get(artefact, (artefact,))}
     environment = machine.environment()
-    sections = stage.sections + stage.searched * (recipe.prune.layers == "searched")
+    sections = stage.read(recipe)
     parts: dict[str, Any] = {
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
                       **{library: machine.version_of(library) for library in stage.libraries}},
-        "sections": {s: plain(getattr(recipe, s), WHERE) for s in sections
-                     if s != "tune" or recipe.tune.enabled},
+        "sections": {name: plain(value, WHERE) for name, value in sections.items()
+                     if name != "tune" or recipe.tune.enabled},
         "inputs": {n: keys[n] for n in sorted(upstream) if n in keys}}
     if "calibration" in sections:
         parts["calibration"] = fingerprints(recipe)

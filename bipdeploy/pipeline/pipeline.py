@@ -91,7 +91,7 @@ def run(recipe: Recipe, runs: Path, *, force: bool = False, start: str | None = 
         for name in due[1:]:  # the first says it itself, at once
             STAGES[name].rehearse(resolved)
         result = RunResult(folder, keys=keys)
-        notes = outlook.notes(resolved, due)
+        notes = [*_of_others(folder, due), *outlook.notes(resolved, due)]
         for name in names:
             if name not in due:
                 result.reused.append(name)
@@ -157,6 +157,18 @@ def _due(names: Sequence[str], folder: Path, keys: Mapping[str, str], force: boo
             if force or number >= first or not intact(folder / name, keys[name])]
 
 
+def _of_others(folder: Path, due: Sequence[str]) -> list[str]:
+    """A line where stages of a run run again since another version of this code made them."""
+    own = machine.environment()["code"]
+    made: dict[str, list[str]] = {}
+    for name in due:
+        environment = (artifacts.read_manifest(folder / name) or {}).get("environment", {})
+        if (code := environment.get("code", own)) != own:
+            made.setdefault(code, []).append(name)
+    return [f"{', '.join(names)}: made by bipdeploy {code}, and run again by {own}"
+            for code, names in made.items()]
+
+
 def finished_widths(resolved: Resolved, folder: Path) -> tuple[BlockWidths, ...] | None:
     """The widths that the prune stage made of exactly this recipe, where they depend on scores and
     it has run in `folder`.
@@ -211,7 +223,7 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
             artifacts.require_key(folder, own)
         artifacts.write_json(partial / artifacts.MANIFEST, {
             "stage": name, "key": key, "seed": recipe.seed,
-            "sections": {s: plain(getattr(recipe, s)) for s in STAGES[name].sections},
+            "sections": {s: plain(own) for s, own in STAGES[name].read(recipe).items()},
             "inputs": {n: str(p) for n, p in inputs.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
             "seconds": round(time.time() - began, 3), **memory.record(),

@@ -79,8 +79,8 @@ def writes(s: Sizes) -> dict[str, float]:
                               for kind in onnx.quantize)
     groups = sum(w.kv_heads + w.heads + w.intermediate for w in s.dense.blocks)
     # A round's model, sliced and repaired, lies there until the last.
-    rounds = 1 + 2 * (recipe.prune.layers == "searched" and recipe.prune.search.rounds > 1)
-    return {"score": 4 * groups + _OTHER, "prune": rounds * weights + _OTHER,
+    rounds = 1 + 2 * (recipe.prune.rounds > 1)
+    return {"score": 4 * groups + _OTHER, "curves": _OTHER, "prune": rounds * weights + _OTHER,
             "recover": weights * (recipe.recover.method != "none") + _OTHER,
             "tune": (weights + _checkpoints(s)) * recipe.tune.enabled + _OTHER, "export": export,
             "evaluate": _OTHER, "bench": _OTHER, "gate": _OTHER, "report": _OTHER}
@@ -113,7 +113,7 @@ def memory(s: Sizes) -> dict[str, float]:
     writing = s.stored * max(table, 2 * block)
     whole = recipe.export.onnx.enabled or recipe.export.vllm.enabled
     searching = 0.0
-    if recipe.prune.layers == "searched":
+    if recipe.prune.needs_curves:
         # The sum that all refits of a part are made from, what judges the ridges, and what is
         # solved.
         searching = walking + 8 * (3 + held_back) * dense_inputs * (
@@ -121,8 +121,7 @@ def memory(s: Sizes) -> dict[str, float]:
             len(arch.blocks) if recipe.prune.search.propagation == "sensitivity" else
             2 + judged(recipe) * 2 * recipe.prune.search.points * len(arch.blocks))
     repairing = (walking + 3 * windows + gram) * (recipe.recover.method != "none")
-    if searching and recipe.prune.search.rounds > 1:
-        searching = max(searching, scoring, repairing)
+    rounds = max(searching, scoring, repairing) * (recipe.prune.rounds > 1)
     bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
     both = value * (arch.parameters() + s.pruned.parameters())
     cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
@@ -130,7 +129,7 @@ def memory(s: Sizes) -> dict[str, float]:
     longest = max(2048 if w == "max" else w for w in perplexity.windows)
     logits = 3 * 4 * arch.vocabulary * min(  # in float32, with what the loss makes of them
         perplexity.batch * min(longest, arch.max_positions), slice_tokens(arch.vocabulary))
-    return {"score": scoring, "prune": max(writing, searching),
+    return {"score": scoring, "curves": searching, "prune": max(writing, rounds),
             "recover": repairing,
             "tune": _training(s) * recipe.tune.enabled,
             "export": value * s.pruned.parameters() + writing if whole else
@@ -204,7 +203,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
                        for size in (w.heads * arch.head_dim, w.intermediate))
     searching = 0.0
-    if recipe.prune.layers == "searched":
+    if recipe.prune.needs_curves:
         points, share = recipe.prune.search.points, judged(recipe)
         searching = passes * (3 + share * (3 + points)
                               if recipe.prune.search.propagation == "sensitivity" else
@@ -218,9 +217,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
                 for w in s.pruned.blocks for size in (w.heads * arch.head_dim, w.intermediate))
     # Once through the dense block, and thrice through the pruned one.
     repairing = (passes + 3 * pruned + refit) * (recipe.recover.method != "none")
-    if searching:
-        rounds = recipe.prune.search.rounds
-        searching = rounds * searching + (rounds - 1) * (scoring + repairing)
+    rounds = (recipe.prune.rounds - 1) * (scoring + searching + repairing)
     perplexity, bench = recipe.evaluate.perplexity, recipe.bench.torch
     test = len(perplexity.every) * (perplexity.max_tokens or TEST_TOKENS)
     read = 0.0
@@ -234,7 +231,9 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         timed += (bench.repeats + bench.warmup + bench.memory) * (
             phases["prefill"] + bench.new_tokens * phases["decode"])
     moved, tune = s.stored * arch.parameters() + s.weights, recipe.tune
-    return {"score": roof(scoring, weights), "prune": roof(searching, 2 * moved),
+    return {"score": roof(scoring, weights),
+            "curves": roof(searching, 2 * weights) * recipe.prune.needs_curves,
+            "prune": roof(rounds, 2 * moved),
             "recover": roof(repairing, 2 * moved) * (recipe.recover.method != "none"),
             "tune": roof(tune.steps * tune.batch * _passes(s, tune),
                          tune.steps * weights) * tune.enabled,

@@ -44,9 +44,10 @@ def cheaper(stage: str, recipe: Recipe) -> str:
     return {
         "score": "score.propagation: bound needs no pass for each head" if
         recipe.score.propagation == "measured" else fewer,
-        "prune": "prune.search.propagation: sensitivity grows with the blocks, not their square" if
-        search.propagation == "measured" else "prune.search.rounds: 1 takes one search" if
-        search.rounds > 1 else f"lower prune.search.windows or prune.search.points, or {fewer}",
+        "curves": "prune.search.propagation: sensitivity grows with the blocks, not their square" if
+        search.propagation == "measured" else
+        f"lower prune.search.windows or prune.search.points, or {fewer}",
+        "prune": "prune.search.rounds: 1 takes one search, and none here",
         "recover": "recover.refit.ridge: 0.1 solves once where auto solves for every ridge that "
         "it tries" if recipe.recover.refit.ridge == "auto" else fewer,
         "tune": "lower tune.steps, tune.batch or tune.tokens",

@@ -27,7 +27,7 @@ class ProtectSection(Section):
 
 
 class SearchSection(Section):
-    """How `layers: searched` measures what each width of each part costs."""
+    """How stage `curves` measures what each width of each part costs, for `layers: searched`."""
 
     propagation: Literal["measured", "sensitivity"] = Field(
         "sensitivity", description="`measured`: every variant runs through all later blocks; "
@@ -72,6 +72,11 @@ class PruneSection(Section):
         "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
         "channels, in one ranking (FLAP's). `searched`: widths by block, split between heads and "
         "FFN so that the model's output changes least.")
+    global_weights: Literal["none", "sensitivity"] = Field(
+        "none", description="What scores of different blocks are weighed by under `layers: "
+        "global`. `none`: they are compared as they are, or standardised where the criterion asks "
+        "for it. `sensitivity`: by what an error of their block does to the model's output, from "
+        "the curves of `search`.")
     search: SearchSection = Field(default_factory=SearchSection)
     depth: DepthSection = Field(
         default_factory=DepthSection, description="What is dropped before widths meet the rest of "
@@ -102,6 +107,17 @@ class PruneSection(Section):
     def query_heads(self) -> bool:
         """Whether query heads may leave and their KV head stay."""
         return self.heads in ("query", "both")
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether widths are chosen by what each costs the model's output."""
+        return self.layers == "searched" or (
+            self.layers == "global" and self.global_weights == "sensitivity")
+
+    @property
+    def rounds(self) -> int:
+        """In how many steps the budget is met."""
+        return self.search.rounds if self.layers == "searched" else 1
 
     @property
     def wanted(self) -> str:

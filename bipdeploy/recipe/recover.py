@@ -48,6 +48,11 @@ class RecoverSection(Section):
     refit: RefitSection = Field(default_factory=RefitSection)
 
     @property
+    def fitting(self) -> float | Literal["auto"] | None:
+        """The ridge of the refit; None where another repair is asked for."""
+        return self.refit.ridge if self.method == "refit" else None
+
+    @property
     def used(self) -> dict[str, Any]:
         """The fields that the method reads."""
         return self.model_dump(exclude=set() if self.method == "refit" else {"refit"})

@@ -5,14 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from bipdeploy.errors import InputError
 from bipdeploy.measuring import profile
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.planning import targets
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning.allocation import allocate
+from bipdeploy.pruning.kept import keep
+from bipdeploy.pruning.search import Curve
+from bipdeploy.pruning.sensitivity import weighted
 from bipdeploy.running import artifacts
-from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
+from bipdeploy.stages import curves
+from bipdeploy.stages.score import SUMMARY, read_influence, read_scores, require_scores
 from bipdeploy.stages.search import searched, write_sliced
 
 KEPT = "kept.json"
@@ -22,16 +25,7 @@ def run(job: Job) -> None:
     """Write `model/` (the sliced checkpoint), `kept.json` and the size figures."""
     arch = job.dense.architecture
     scores = read_scores(job.inputs["score"])
-    if len(scores) != len(arch.blocks) or any(
-            (len(s.heads), len(s.ffn)) != (w.kv_heads, w.intermediate)
-            for s, w in zip(scores, arch.blocks, strict=False)):
-        raise InputError(f"the scores in {job.inputs['score']} are not of this model: blocks or "
-                         "widths differ; score the model again")
-    if job.recipe.prune.query_heads and any(
-            len(s.queries) != w.heads for s, w in zip(scores, arch.blocks, strict=True)):
-        raise InputError(f"prune.heads: {job.recipe.prune.heads} needs the scores of query heads, "
-                         f"and those in {job.inputs['score']} are older; score the model again, or "
-                         "set prune.heads to kv")
+    require_scores(job, scores)
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     dense = profile.timed(job.dense, job.reporter)
     target, section = dense.target, job.recipe.prune
@@ -40,13 +34,19 @@ def run(job: Job) -> None:
         widths, kept, details = searched(job, scores)
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
-        allocated = partial(allocate, arch, scores=scores, comparable=summary["comparable"],
+        ranked, comparable = scores, summary["comparable"]
+        if section.needs_curves:
+            details = {"search": curves.given(job, scores)}
+            measured = [Curve.read(own, arch) for own in details["search"]["curves"]]
+            ranked, comparable = weighted(arch, scores, measured), True
+        allocated = partial(allocate, arch, scores=ranked, comparable=comparable,
                             one_scale=summary.get("one_scale", False), influence=influence,
                             tensor_parallel=job.recipe.hardware.tensor_parallel)
         section = targets.settled(arch, section, target, influence=influence,
                                   tensor_parallel=job.recipe.hardware.tensor_parallel,
                                   widths_of=lambda tried: allocated(section=tried)[0])
-        widths, kept = allocated(section=section)
+        widths, _ = allocated(section=section)
+        kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     config = write_sliced(job, job.out / "model", kept, widths)
     figures = size_figures(arch, architecture(config))
     job.write(KEPT, {

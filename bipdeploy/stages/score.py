@@ -68,7 +68,9 @@ def write(folder: Path, section: ScoreSection, walked: Walked,
     criterion = CRITERIA[section.criterion]
     tensors: dict[str, torch.Tensor] = {}
     for index, (own, influence) in enumerate(zip(walked.scores, walked.influence, strict=True)):
-        tensors |= {f"block.{index}.{kind}": values for kind, values in own._asdict().items()}
+        # Copied: without groups of query heads theirs are those of the KV heads, one tensor.
+        tensors |= {f"block.{index}.{kind}": values.clone()
+                    for kind, values in own._asdict().items()}
         tensors[f"block.{index}.influence"] = influence
     save_file(tensors, folder / SCORES)
     artifacts.write_json(folder / SUMMARY, {
@@ -212,6 +214,21 @@ def read_scores(folder: Path) -> list[BlockScores]:
     return [BlockScores(blocks[f"block.{i}.heads"], blocks[f"block.{i}.ffn"],
                         blocks.get(f"block.{i}.queries", ()))
             for i in range(_count(blocks))]
+
+
+def require_scores(job: Job, scores: Sequence[BlockScores]) -> None:
+    """Raise InputError where the input `score` is not of this model, or lacks query heads."""
+    arch, folder = job.dense.architecture, job.inputs["score"]
+    if len(scores) != len(arch.blocks) or any(
+            (len(s.heads), len(s.ffn)) != (w.kv_heads, w.intermediate)
+            for s, w in zip(scores, arch.blocks, strict=False)):
+        raise InputError(f"the scores in {folder} are not of this model: blocks or widths differ; "
+                         "score the model again")
+    if job.recipe.prune.query_heads and any(
+            len(s.queries) != w.heads for s, w in zip(scores, arch.blocks, strict=True)):
+        raise InputError(f"prune.heads: {job.recipe.prune.heads} needs the scores of query heads, "
+                         f"and those in {folder} are older; score the model again, or set "
+                         "prune.heads to kv")
 
 
 def read_influence(folder: Path) -> list[Influence]:

@@ -1,4 +1,4 @@
-"""Widths by search, for stage `prune`: what each width costs is measured, then the budget is met.
+"""Widths by search, for stage `prune`: the budget is met by what stage `curves` measured.
 
 With `prune.search.rounds` the budget is met part of the way, the model sliced and repaired as far
 as that, and what is left scored and measured anew there: effects of parts do not add up.
@@ -7,30 +7,22 @@ as that, and what is left scored and measured anew there: effects of parts do no
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model.activations import keeping
 from bipdeploy.model.blocks import BlockWalker
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
-from bipdeploy.model.families import Architecture, BlockWidths, Width
+from bipdeploy.model.families import BlockWidths
 from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning.job import Job
-from bipdeploy.pruning import curves as cost_curves
 from bipdeploy.pruning import search
-from bipdeploy.pruning.allocation import part_widths
 from bipdeploy.pruning.kept import BlockScores, Kept, keep
 from bipdeploy.pruning.slicing import slice_block
-from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.running import artifacts
-from bipdeploy.running.reporter import Reporter
+from bipdeploy.stages import curves as measuring
 from bipdeploy.stages import score
-from bipdeploy.stages.recover import hold_back
 from bipdeploy.stages.repairs import REPAIRS
 
 
@@ -38,16 +30,16 @@ def searched(job: Job, scores: Sequence[BlockScores]
              ) -> tuple[list[BlockWidths], list[Kept], dict[str, Any]]:
     """The widths that a search finds for the budget, what stays at them, and what it measured.
 
-    Curves that were measured before are the input `curves`.
+    The first round's curves are the input `curves`; without one they are measured here.
     """
     dense, rounds, model = job.dense, job.dense.section.search.rounds, job.dense.checkpoint
     record, uniform, divergences = {}, 0.0, []
     kept: list[Kept] | None = None
     for number in range(1, rounds + 1):
-        if number == 1 and "curves" in job.inputs:
-            own = artifacts.read_json(job.inputs["curves"])
+        if number == 1:
+            own = measuring.given(job, scores)
         else:
-            own = curves_record(*measured_curves(job.recipe, model, scores, job.out, job.reporter))
+            own = measuring.measured(job.recipe, model, scores, job.out, job.reporter)
         curves = [search.Curve.read(curve, model.architecture) for curve in own["curves"]]
         widths = _solved(job, model, curves, number / rounds)
         divergences.append(search.predicted(curves, widths))
@@ -71,19 +63,13 @@ def _solved(job: Job, model: Checkpoint, curves: Sequence[search.Curve], part: f
             ) -> list[BlockWidths]:
     """The widths that meet a part of the way to the budget, at most those that the model has."""
     dense, arch = job.dense, model.architecture
-    choices = _choices(job.recipe, arch)
+    choices = measuring.choices(job.recipe, arch)
     if target := dense.target:
         limit = target.dense + (target.limit - target.dense) * part
         return search.solve_within(arch, curves, choices, limit, target.cost)
     total = sum(map(dense.architecture.block_parameters, range(len(arch.blocks))))
     assert dense.section.ratio is not None
     return search.solve(arch, curves, choices, total * (1 - dense.section.ratio * part))
-
-
-def _choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[Width]]:
-    # Whether the budget can be met is known of the dense model; a round's is another share.
-    section = recipe.prune.model_copy(update={"ratio": None})
-    return part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
 
 
 def _repaired(job: Job, kept: Sequence[Kept], widths: Sequence[BlockWidths]) -> Checkpoint:
@@ -123,48 +109,3 @@ def _scored(job: Job, model: Checkpoint) -> list[BlockScores]:
                  score.kept_bytes(walker, drawn, [recipe.score])) as kept:
         found = score.score_blocks(walker, drawn, recipe, job, kept)
     return [BlockScores(*(values.tolist() for values in own)) for own in found.scores]
-
-
-def measured_curves(recipe: Recipe, model: Checkpoint, scores: Sequence[BlockScores], work: Path,
-                    reporter: Reporter) -> tuple[list[search.Curve], int]:
-    """What each width of each part costs, whatever the ratio, and on how many windows; hidden
-    states that spill do so below `work`."""
-    section, walker = recipe.prune.search, BlockWalker(model, recipe.model)
-    arch, choices = walker.architecture, _choices(recipe, walker.architecture)
-    drawn, _ = calibration_batches(recipe, model.folder, arch.max_positions)
-    text = searched_text(recipe, torch.cat(drawn))
-    sensed = section.propagation == "sensitivity"
-    reporter.total((1 + sensed) * len(arch.blocks), "blocks searched")
-
-    def widths(block: int, part: str) -> list[Width]:
-        return search.spaced(choices(block, part), section.points)
-
-    if sensed:
-        with keeping(work, recipe.calibration.spill,
-                     (len(arch.blocks) + 2) * walker.bytes_of(text.batches)) as kept:
-            curves = cost_curves.sensed(walker, text, scores, widths, recipe.seed,
-                                        reporter.advance, kept)
-    else:
-        size = (2 * section.points * len(arch.blocks) * walker.bytes_of(text.judged)
-                + 8 * walker.bytes_of(text.batches))
-        with keeping(work, recipe.calibration.spill, size) as kept:
-            curves = cost_curves.measured(walker, text, scores, widths, reporter.advance, kept)
-    return curves, sum(map(len, text.judged))
-
-
-def searched_text(recipe: Recipe, windows: torch.Tensor) -> cost_curves.Text:
-    """The calibration windows that a search judges by, and those that its refits see: [S, T]."""
-    ridge = recipe.recover.refit.ridge
-    refitted = recipe.recover.method == "refit"
-    judged = min(recipe.prune.search.windows, len(windows) // 2 if refitted else len(windows))
-    batch, held = recipe.calibration.batch, 0
-    fitted = list(windows[:-judged].split(batch)) if refitted else []
-    if refitted and ridge == "auto":
-        fitted, held = hold_back(fitted)
-    return cost_curves.Text(list(windows[-judged:].split(batch)), fitted,
-                            ridge if refitted else None, held)
-
-
-def curves_record(curves: Sequence[search.Curve], windows: int) -> dict[str, Any]:
-    """Curves as JSON data: what `kept.json` holds of them, and the input `curves`."""
-    return {"windows": windows, "curves": [asdict(curve) for curve in curves]}

@@ -6,7 +6,9 @@ To add a stage, write its function in a file here and its section in `recipe/`, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from bipdeploy.errors import InputError
 from bipdeploy.planning.resolved import Resolved
@@ -19,18 +21,26 @@ class Stage(Row):
     """A row of the table. The function takes a `Job`.
 
     `needs`: the artefacts that are read (see `ARTEFACTS`). `sections`: the recipe's fields that
-    change the result. `timed` results hold for this machine only; `libraries` are those that matter
-    to this stage alone; `searched` are more sections where widths are searched. `smaller`: what to
-    change where memory runs out. `rehearsal`: a function of the resolved recipe that raises
-    InputError for what would fail after the earlier stages, and is too slow for `refuses`.
+    change the result, and `curves` and `rounds` more of them, where curves are measured and where
+    the budget is met in rounds. `timed` results hold for this machine only; `libraries` are those
+    that matter to this stage alone. `smaller`: what to change where memory runs out. `rehearsal`: a
+    function of the resolved recipe that raises InputError for what would fail after the earlier
+    stages, and is too slow for `refuses`.
     """
 
     sections: tuple[str, ...]
     timed: bool = False
     libraries: tuple[str, ...] = ()
-    searched: tuple[str, ...] = ()
+    curves: tuple[str, ...] = ()
+    rounds: tuple[str, ...] = ()
     smaller: str = "free some memory and run again"
     rehearsal: str | None = None
+
+    def read(self, recipe: Recipe) -> dict[str, Any]:
+        """The recipe's fields that change this stage's result, by their dotted names."""
+        names = (*self.sections, *self.curves * recipe.prune.needs_curves,
+                 *self.rounds * (recipe.prune.rounds > 1))
+        return {name: attrgetter(name)(recipe) for name in names}
 
     def rehearse(self, resolved: Resolved) -> None:
         """Raise InputError for what this stage would fail at, before the earlier ones run."""
@@ -71,9 +81,15 @@ _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spi
 STAGES: dict[str, Stage] = by_name(
     Stage("score", ("dense",), _score, "bipdeploy.stages.score:run",
           ("model", "calibration", "score", "seed"), smaller=_WALKS),
-    Stage("prune", ("dense", "score"), None, "bipdeploy.stages.prune:run", ("prune", "hardware"),
-          searched=("model", "calibration", "recover", "seed"),
-          smaller=f"{_WALKS}; with layers: searched, lower prune.search.windows"),
+    # Not the budget: what a width costs is the same under each.
+    Stage("curves", ("dense", "score"), None, "bipdeploy.stages.curves:run", (), curves=(
+        "prune.search.propagation", "prune.search.windows", "prune.search.points",
+        "prune.protect", "prune.round_to", "prune.heads", "prune.ffn", "hardware.tensor_parallel",
+        "recover.fitting", "model", "calibration", "seed"),
+          smaller=f"{_WALKS}; or lower prune.search.windows"),
+    Stage("prune", ("dense", "score", "curves"), None, "bipdeploy.stages.prune:run",
+          ("prune", "hardware"), rounds=("model", "calibration", "recover", "seed"),
+          smaller=f"{_WALKS}; with rounds, lower prune.search.windows"),
     Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
     Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",
@@ -93,8 +109,8 @@ STAGES: dict[str, Stage] = by_name(
           smaller="lower bench.torch.batch, or bench.onnx.batch where it is enabled"),
     Stage("gate", ("prune", "recover", "tune", "export", "evaluate", "bench"), None,
           "bipdeploy.stages.gate:run", ("gates",)),
-    Stage("report", ("score", "prune", "recover", "tune", "export", "evaluate", "bench", "gate"),
-          None, "bipdeploy.stages.report:run", tuple(Recipe.model_fields)),
+    Stage("report", ("score", "curves", "prune", "recover", "tune", "export", "evaluate", "bench",
+                     "gate"), None, "bipdeploy.stages.report:run", tuple(Recipe.model_fields)),
 )
 
 _REPAIRED = ("recover/model", "prune/model")

@@ -22,7 +22,7 @@ from bipdeploy.sweeping import sharing
 
 TRIALS, RECORD = "trials", "trial.json"
 # Stages whose folders may be the same in several trials: no name goes into their keys.
-_SHARED = ("score", "prune", "recover", "tune")
+_SHARED = ("score", "curves", "prune", "recover", "tune")
 # What a rough figure is of, in order; only the last says what a trial will be.
 POINTS = {"prune": 1, "recover": 2, "repaired": 3}
 # Where the model lies after a stage: the artefact that the next one reads.
