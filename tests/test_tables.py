@@ -64,7 +64,8 @@ def test_two_rows_of_one_name_are_refused():
 
 def test_what_is_rehearsed_exists():
     assert [name for name, stage in STAGES.items()
-            if stage.rehearsal and callable(loaded(stage.rehearsal))] == ["tune", "evaluate"]
+            if stage.rehearsal and callable(loaded(stage.rehearsal))] == [
+                "prune", "tune", "evaluate"]
 
 
 def test_the_tasks_of_the_published_table_have_their_metrics():
@@ -79,7 +80,8 @@ def test_stages_read_what_is_there_by_then_and_sections_that_a_recipe_has():
         for artefact in stage.needs:
             places = ARTEFACTS.get(artefact, (artefact,))
             assert {place.partition("/")[0] for place in places} <= made, (name, artefact)
-        assert {*stage.sections, *stage.searched} <= Recipe.model_fields.keys()
+        assert ({*stage.sections, *stage.searched, *stage.learned}
+                <= Recipe.model_fields.keys())
         made.add(name)
 
 

@@ -247,8 +247,6 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, folder: Path) -
         inputs = {name: wanted.dense if name == "dense" else made / "model"
                   for name in STAGES["tune"].needs}
         _stage(wanted, "tune", recipe, inputs, folder)
-        # What an interrupted training would go on from; the next cell is another one.
-        shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder
 
 
@@ -267,7 +265,9 @@ def _temporary(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # What an interrupted training would go on from; the next cell is another one.
+        for own in (folder, artifacts.checkpoint_folder(folder)):
+            shutil.rmtree(own, ignore_errors=True)
 
 
 @contextmanager

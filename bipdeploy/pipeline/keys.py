@@ -34,7 +34,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     upstream = {part.split("/")[0] for artefact in stage.needs
                 for part in ARTEFACTS.get(artefact, (artefact,))}
     environment = machine.environment()
-    sections = stage.sections + stage.searched * (recipe.prune.layers == "searched")
+    sections = (stage.sections + stage.searched * (recipe.prune.layers == "searched")
+                + stage.learned * (recipe.prune.layers == "learned"))
     parts: dict[str, Any] = {
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from bipdeploy.errors import InputError
 from bipdeploy.measuring import profile
 from bipdeploy.model.families import architecture, size_figures
@@ -12,6 +14,7 @@ from bipdeploy.planning import targets
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning.allocation import allocate
 from bipdeploy.running import artifacts
+from bipdeploy.stages.learned import learned
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
 from bipdeploy.stages.search import searched, write_sliced
 
@@ -36,8 +39,12 @@ def run(job: Job) -> None:
     dense = profile.timed(job.dense, job.reporter)
     target, section = dense.target, job.recipe.prune
     details: dict[str, Any] = {}
+    columns: list[dict[str, torch.Tensor]] = []
     if section.layers == "searched":
         widths, kept, details = searched(job, scores)
+    elif section.layers == "learned":
+        found = learned(job, scores, comparable=summary["comparable"])
+        widths, kept, columns, details = found.widths, found.kept, found.columns, found.record
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
         allocated = partial(allocate, arch, scores=scores, comparable=summary["comparable"],
@@ -47,7 +54,7 @@ def run(job: Job) -> None:
                                   tensor_parallel=job.recipe.hardware.tensor_parallel,
                                   widths_of=lambda tried: allocated(section=tried)[0])
         widths, kept = allocated(section=section)
-    config = write_sliced(job, job.out / "model", kept, widths)
+    config = write_sliced(job, job.out / "model", kept, widths, columns)
     figures = size_figures(arch, architecture(config))
     job.write(KEPT, {
         "ratio": section.share or 1 - figures["block_parameters.ratio"],

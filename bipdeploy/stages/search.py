@@ -7,7 +7,7 @@ as that, and what is left scored and measured anew there: effects of parts do no
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bipdeploy.pruning import curves as cost_curves
 from bipdeploy.pruning import search
 from bipdeploy.pruning.allocation import part_widths
 from bipdeploy.pruning.kept import BlockScores, Kept, keep
-from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.pruning.slicing import scale_columns, slice_block
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
 from bipdeploy.running.reporter import Reporter
@@ -99,17 +99,20 @@ def _repaired(job: Job, kept: Sequence[Kept], widths: Sequence[BlockWidths]) -> 
     return Checkpoint(made if made.is_dir() else work / "model")
 
 
-def write_sliced(job: Job, folder: Path, kept: Sequence[Kept], widths: Sequence[BlockWidths]
-                 ) -> dict[str, Any]:
-    """Write the dense model with only some of its groups; returns its config."""
+def write_sliced(job: Job, folder: Path, kept: Sequence[Kept], widths: Sequence[BlockWidths],
+                 columns: Sequence[Mapping[str, torch.Tensor]] = ()) -> dict[str, Any]:
+    """Write the dense model with only some of its groups; returns its config. `columns`: what the
+    inputs of each block's output projections are multiplied by, see `scale_columns`."""
     dense, weights, arch = job.dense, job.dense.checkpoint, job.dense.architecture
     job.reporter.total(len(kept), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(folder, config, weights.folder) as writer:
         writer.add_outside_blocks(weights, finite=True)  # scoring reads no final norm and no head
         for index, choice in enumerate(kept):
-            writer.add(slice_block(weights.block(index), arch, index, choice),
-                       f"model.layers.{index}.")
+            tensors = weights.block(index)
+            if columns:
+                tensors = scale_columns(tensors, arch, columns[index])
+            writer.add(slice_block(tensors, arch, index, choice), f"model.layers.{index}.")
             job.reporter.advance()
     return config
 

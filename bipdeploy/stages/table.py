@@ -20,8 +20,8 @@ class Stage(Row):
 
     `needs`: the artefacts that are read (see `ARTEFACTS`). `sections`: the recipe's fields that
     change the result. `timed` results hold for this machine only; `libraries` are those that matter
-    to this stage alone; `searched` are more sections where widths are searched. `smaller`: what to
-    change where memory runs out. `rehearsal`: a function of the resolved recipe that raises
+    to this stage alone; `searched` and `learned` are more sections where widths are so. `smaller`:
+    what to change where memory runs out. `rehearsal`: a function of the resolved recipe that raises
     InputError for what would fail after the earlier stages, and is too slow for `refuses`.
     """
 
@@ -29,6 +29,7 @@ class Stage(Row):
     timed: bool = False
     libraries: tuple[str, ...] = ()
     searched: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
     smaller: str = "free some memory and run again"
     rehearsal: str | None = None
 
@@ -47,6 +48,12 @@ def _positions(field: str, tokens: int, resolved: Resolved, otherwise: str = "")
 
 def _score(resolved: Resolved) -> None:
     _positions("calibration.tokens", resolved.recipe.calibration.tokens, resolved)
+
+
+def _prune(resolved: Resolved) -> None:
+    section = resolved.recipe.prune
+    if section.layers == "learned" and section.learned.tokens:
+        _positions("prune.learned.tokens", section.learned.tokens, resolved)
 
 
 def _tune(resolved: Resolved) -> None:
@@ -71,9 +78,11 @@ _WALKS = "lower calibration.batch or calibration.samples, or set calibration.spi
 STAGES: dict[str, Stage] = by_name(
     Stage("score", ("dense",), _score, "bipdeploy.stages.score:run",
           ("model", "calibration", "score", "seed"), smaller=_WALKS),
-    Stage("prune", ("dense", "score"), None, "bipdeploy.stages.prune:run", ("prune", "hardware"),
+    Stage("prune", ("dense", "score"), _prune, "bipdeploy.stages.prune:run", ("prune", "hardware"),
           searched=("model", "calibration", "recover", "seed"),
-          smaller=f"{_WALKS}; with layers: searched, lower prune.search.windows"),
+          learned=("model", "calibration", "seed"), rehearsal="bipdeploy.stages.learned:rehearse",
+          smaller=f"{_WALKS}; with layers: searched, lower prune.search.windows; with layers: "
+          "learned, raise prune.learned.accumulation or lower its batch or tokens"),
     Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
     Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",
