@@ -53,14 +53,14 @@ class LearnedSection(Section):
     tokens: int | None = Field(None, ge=8, description="Tokens in a window of the calibration "
                                "text. Default: `calibration.tokens`.")
     steps: PositiveInt = Field(400, description="Optimiser steps.")
-    batch: PositiveInt = Field(16, description="Windows in one optimiser step.")
+    batch: PositiveInt = Field(32, description="Windows in one optimiser step.")
     accumulation: PositiveInt = Field(
-        1, description="Parts that a step's windows are split into, one after another, to save "
+        4, description="Parts that a step's windows are split into, one after another, to save "
         "memory. Changes the result by rounding only.")
     learning_rate: PositiveFloat = Field(
         0.02, description="AdamW's at the start; it falls to 0 along a cosine.")
     standing: float = Field(
-        1.0, ge=0.0, description="How far apart the criterion puts the group that is to leave "
+        3.0, ge=0.0, description="How far apart the criterion puts the group that is to leave "
         "first and the one that is to leave last, in what training moves by `learning_rate` in a "
         "step. The less, the sooner training overrules the criterion.")
     held_back: PositiveInt = Field(
