@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from bipdeploy import api
 from bipdeploy.comparing import cells
-from bipdeploy.errors import InputError
+from bipdeploy.errors import InputError, StageError
 from bipdeploy.model import cost, sources
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.cost import Cost
@@ -27,7 +29,7 @@ from bipdeploy.pruning.slicing import scale_columns, slice_block
 from bipdeploy.recipe import file
 from bipdeploy.recipe.prune import LearnedSection, PruneSection
 from bipdeploy.running import artifacts
-from bipdeploy.running.reporter import Silent
+from bipdeploy.running.reporter import Reporter, Silent
 from bipdeploy.stages.learned import MULTIPLIER, STANDING, Learner, Task, read_windows
 from bipdeploy.tuning import checkpoints, losses
 from bipdeploy.tuning.data import Windows, hold_back
@@ -155,7 +157,8 @@ def test_multipliers_of_1_are_the_dense_model_bit_for_bit(variant):
     with model.by(ones) as own:
         assert torch.equal(logits(own, ids), expected)
     assert torch.equal(logits(model.model, ids), expected)
-    assert float(model.divergence(ids, ones)) == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        assert float(model.divergence(ids, ones)) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "queries"), [
@@ -252,6 +255,30 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bits(tiny, tmp_path, mon
     for part in ("values", "best", "first", "second"):
         one, two = (getattr(own, part) for own in saved)
         assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_a_stage_that_was_stopped_goes_on_and_writes_the_same_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("bipdeploy.stages.learned.SAVED_EVERY", 1)
+    base = [*short_calibration(tmp_path), "score.criterion=magnitude"]
+    scores = api.score(str(tiny), tmp_path / "scores", base)
+
+    def pruned(name: str, *more: str, reporter: Reporter | None = None) -> Path:
+        return api.prune(str(tiny), scores, tmp_path / name, 0.4, [*base, *SHORT, *more], reporter)
+
+    whole, place = pruned("whole"), artifacts.checkpoint_folder(tmp_path / "stopped")
+    with pytest.raises(StageError):
+        pruned("stopped", reporter=Killing(3))
+    assert artifacts.read_json(place / "state.json")["step"] == 4
+    kept = shutil.copytree(place, tmp_path / "copy")
+    reporter = Silent()
+    again = pruned("stopped", reporter=reporter)
+    assert reporter.notes == ["goes on from step 4 of a run that was interrupted"]
+    assert not place.exists()
+    assert artifacts.file_hashes(again / "model") == artifacts.file_hashes(whole / "model")
+    kept.rename(artifacts.checkpoint_folder(tmp_path / "other"))
+    pruned("other", "prune.learned.learning_rate=0.01", reporter=reporter)
+    assert reporter.notes[1:] == ["the checkpoint of an earlier run is not used: it is of another "
+                                  "recipe, model, text or version"]
 
 
 def test_how_a_step_is_split_changes_rounding_only_and_weights_stay(tiny, tmp_path):
