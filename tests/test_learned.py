@@ -20,6 +20,7 @@ from bipdeploy.model.formats import pruned_config
 from bipdeploy.model.loading import load_model
 from bipdeploy.pipeline.keys import stage_keys
 from bipdeploy.planning import footprint, outlook
+from bipdeploy.planning.latency import Curve, Phase, Table
 from bipdeploy.planning.resolved import resolve, resolved_at
 from bipdeploy.pruning import projection
 from bipdeploy.pruning.allocation import part_widths
@@ -339,6 +340,21 @@ def test_a_target_is_met_in_its_own_unit_and_what_is_written_is_what_was_learned
     written, dense = (logits(loaded(folder), held.ids) for folder in (out / "model", grouped))
     assert float(losses.divergence(written, dense, 1.0)) / held.ids.numel() == pytest.approx(
         record["learned"]["divergence"]["after"], rel=1e-4)
+
+
+def test_a_stage_of_its_own_spends_seconds_that_it_measures_first(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    phase = Phase(Curve((1, 2), (2e-4, 3e-4)), Curve((8, 96), (1e-4, 9e-4)), 1e-3, {}, {})
+    monkeypatch.setattr("bipdeploy.measuring.profile.obtain", lambda key, *_: Table(
+        key, {"prefill": phase, "decode": phase}, 7, 9, 1.0, {}))
+    base = [*short_calibration(tmp_path), "score.criterion=magnitude"]
+    scores = api.score(str(tiny), tmp_path / "scores", base)
+    out = api.prune(str(tiny), scores, tmp_path / "pruned", None, [
+        *base, *SHORT, "prune.target={prefill_speedup: 1.3, context: 32, batch: 1}"])
+    record = artifacts.read_json(out / "kept.json")
+    found = record["learned"]["budget"]
+    assert found["unit"] == "seconds" and found["met"] == record["target"]["spent"]
+    assert found["met"] <= found["asked"] == record["target"]["limit"]
 
 
 # What depends on it, and what is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ def run(job: Job) -> None:
                          "set prune.heads to kv")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     dense = profile.timed(job.dense, job.reporter)
+    job = replace(job, resolved=dense)
     target, section = dense.target, job.recipe.prune
     details: dict[str, Any] = {}
     columns: list[dict[str, torch.Tensor]] = []
