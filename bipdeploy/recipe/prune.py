@@ -52,10 +52,10 @@ class LearnedSection(Section):
 
     tokens: int | None = Field(None, ge=8, description="Tokens in a window of the calibration "
                                "text. Default: `calibration.tokens`.")
-    steps: PositiveInt = Field(400, description="Optimiser steps.")
-    batch: PositiveInt = Field(32, description="Windows in one optimiser step.")
+    steps: PositiveInt = Field(100, description="Optimiser steps. More overrule the criterion more.")
+    batch: PositiveInt = Field(64, description="Windows in one optimiser step.")
     accumulation: PositiveInt = Field(
-        4, description="Parts that a step's windows are split into, one after another, to save "
+        8, description="Parts that a step's windows are split into, one after another, to save "
         "memory. Changes the result by rounding only.")
     learning_rate: PositiveFloat = Field(
         0.02, description="AdamW's at the start; it falls to 0 along a cosine.")

@@ -68,7 +68,9 @@ def write(folder: Path, section: ScoreSection, walked: Walked,
     criterion = CRITERIA[section.criterion]
     tensors: dict[str, torch.Tensor] = {}
     for index, (own, influence) in enumerate(zip(walked.scores, walked.influence, strict=True)):
-        tensors |= {f"block.{index}.{kind}": values for kind, values in own._asdict().items()}
+        # Copies: where every query head has a KV head of its own, both may be one tensor.
+        tensors |= {f"block.{index}.{kind}": values.clone()
+                    for kind, values in own._asdict().items()}
         tensors[f"block.{index}.influence"] = influence
     save_file(tensors, folder / SCORES)
     artifacts.write_json(folder / SUMMARY, {
