@@ -52,7 +52,8 @@ class LearnedSection(Section):
 
     tokens: int | None = Field(None, ge=8, description="Tokens in a window of the calibration "
                                "text. Default: `calibration.tokens`.")
-    steps: PositiveInt = Field(100, description="Optimiser steps. More overrule the criterion more.")
+    steps: PositiveInt = Field(100, description="Optimiser steps. The more, the more of the "
+                              "criterion's order is overruled.")
     batch: PositiveInt = Field(64, description="Windows in one optimiser step.")
     accumulation: PositiveInt = Field(
         8, description="Parts that a step's windows are split into, one after another, to save "
