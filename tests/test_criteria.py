@@ -29,7 +29,7 @@ from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recipe import Recipe
-from bipdeploy.stages.score import _see, score_blocks
+from bipdeploy.stages.score import _see, read_scores, score_blocks
 from tests.sliced import (
     architecture_of,
     draw_kept,
@@ -534,3 +534,10 @@ def test_measured_change_sums_over_tokens(tiny):
     parts = [measured_change(block, z, u, 2)
              for z, u in zip(attended.z.split(1), attended.u.split(1), strict=True)]
     torch.testing.assert_close(whole, torch.stack(parts).sum(0), rtol=1e-4, atol=0)
+
+
+def test_measured_scores_are_written_where_every_query_head_has_a_kv_head(tmp_path):
+    dense = tiny_model(tmp_path / "model", kv_heads=4)
+    out = api.score(str(dense), tmp_path / "scores", [
+        *short_calibration(tmp_path), "score.propagation=measured"])
+    assert all(own.heads == own.queries for own in read_scores(out))

@@ -65,7 +65,8 @@ def test_two_rows_of_one_name_are_refused():
 
 def test_what_is_rehearsed_exists():
     assert [name for name, stage in STAGES.items()
-            if stage.rehearsal and callable(loaded(stage.rehearsal))] == ["tune", "evaluate"]
+            if stage.rehearsal and callable(loaded(stage.rehearsal))] == [
+                "prune", "tune", "evaluate"]
 
 
 def test_the_tasks_of_the_published_table_have_their_metrics():
@@ -81,7 +82,7 @@ def test_stages_read_what_is_there_by_then_and_sections_that_a_recipe_has():
         for artefact in stage.needs:
             places = ARTEFACTS.get(artefact, (artefact,))
             assert {place.partition("/")[0] for place in places} <= made, (name, artefact)
-        for field in (*stage.sections, *stage.curves, *stage.rounds):
+        for field in (*stage.sections, *stage.curves, *stage.rounds, *stage.learned):
             assert attrgetter(field)(recipe) is not None, (name, field)
         made.add(name)
 

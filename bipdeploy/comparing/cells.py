@@ -159,7 +159,9 @@ def key(wanted: Plan, cell: Cell) -> str:
     found = {**wanted.context, **_sections(own, ("model", "hardware", "calibration", "score",
                                          "evaluate", "seed", *REPAIRS_COMPARED[cell.repair]))}
     found["sections"]["recover"] = own.recover.used
-    found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
+    found["sections"]["prune"] = own.prune.model_dump(exclude={"search", "learned"})
+    if cell.method.layers == "learned":
+        found["learned"] = own.prune.learned.model_dump()
     if own.prune.needs_curves:  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.tune.enabled:

@@ -260,8 +260,6 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, costs: dict[str
                   for name in STAGES["tune"].needs}
         with _metered(costs, "tune"):
             _stage(wanted, "tune", recipe, inputs, folder)
-        # What an interrupted training would go on from; the next cell is another one.
-        shutil.rmtree(artifacts.checkpoint_folder(folder), ignore_errors=True)
         yield folder
 
 
@@ -288,7 +286,9 @@ def _temporary(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # What an interrupted training would go on from; the next cell is another one.
+        for own in (folder, artifacts.checkpoint_folder(folder)):
+            shutil.rmtree(own, ignore_errors=True)
 
 
 @contextmanager

@@ -65,8 +65,43 @@ def calibration_batches(recipe: Recipe, model: Path,
             origin |= {"share": own.share, "windows": count}
     provenance = {**(origins[0] if len(origins) == 1 else {"sources": origins}),
                   "windows": list(drawn.shape), "seed": recipe.seed,
-                  "windows_sha256": hashlib.sha256(drawn.numpy().tobytes()).hexdigest()}
+                  "windows_sha256": _digest(drawn)}
     return list(drawn.split(section.batch)), provenance
+
+
+def calibration_windows(recipe: Recipe, model: Path, tokens: int, wanted: int
+                        ) -> tuple[torch.Tensor, dict[str, Any]]:
+    """At most `wanted` windows [N, tokens] of the same texts, for what reads more of them than
+    scoring does: as many as they hold where that is less, each text by its share."""
+    import torch
+
+    sources = recipe.calibration.sources
+    counts = sampling.apportioned(max(wanted, len(sources)),
+                                  [own.share for own in sources.values()])
+    found, whole = [], 1.0  # the share of what is wanted that every text can give
+    for name, count in zip(sources, counts, strict=True):
+        source = _read(name, sources[name])
+        for part in sampling.parts(source, count * tokens, recipe.seed, tokens):
+            ids = windows.token_ids(part, model)
+            if len(ids) >= count * tokens:
+                break
+        found.append((source, sampling.described(source, part), ids))
+        whole = min(whole, len(ids) // tokens / count)
+    counts = [int(count * whole) for count in counts]
+    drawn = [windows.draw(ids, count, tokens, recipe.seed, source.name)
+             for (source, _, ids), count in zip(found, counts, strict=True)]
+    together = torch.stack([drawn[source][number]
+                            for source, number in sampling.interleaved(counts)]) if any(
+        counts) else torch.empty(0, tokens, dtype=torch.long)
+    return together, {
+        "sources": [{"data": source.name, "text_sha256": source.sha256, "tokenised": part,
+                     "windows": count}
+                    for (source, part, _), count in zip(found, counts, strict=True)],
+        "windows": list(together.shape), "seed": recipe.seed, "windows_sha256": _digest(together)}
+
+
+def _digest(drawn: torch.Tensor) -> str:
+    return hashlib.sha256(drawn.numpy().tobytes()).hexdigest()
 
 
 def _read(name: str, source: SourceSection) -> text.Text:

@@ -15,6 +15,7 @@ from bipdeploy.model import cost
 from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.prune import JUDGEMENTS
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.recover import RIDGES
 from bipdeploy.recipe.tune import TuneSection, slice_tokens
@@ -122,6 +123,7 @@ def memory(s: Sizes) -> dict[str, float]:
             2 + judged(recipe) * 2 * recipe.prune.search.points * len(arch.blocks))
     repairing = (walking + 3 * windows + gram) * (recipe.recover.method != "none")
     rounds = max(searching, scoring, repairing) * (recipe.prune.rounds > 1)
+    learning = _learning(s) * (recipe.prune.layers == "learned")
     bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
     both = value * (arch.parameters() + s.pruned.parameters())
     cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
@@ -129,7 +131,7 @@ def memory(s: Sizes) -> dict[str, float]:
     longest = max(2048 if w == "max" else w for w in perplexity.windows)
     logits = 3 * 4 * arch.vocabulary * min(  # in float32, with what the loss makes of them
         perplexity.batch * min(longest, arch.max_positions), slice_tokens(arch.vocabulary))
-    return {"score": scoring, "curves": searching, "prune": max(writing, rounds),
+    return {"score": scoring, "curves": searching, "prune": max(writing, rounds, learning),
             "recover": repairing,
             "tune": _training(s) * recipe.tune.enabled,
             "export": value * s.pruned.parameters() + writing if whole else
@@ -173,6 +175,29 @@ def _training(s: Sizes) -> float:
     return logits + max(trained + teacher + block * kept, 4 * arch.parameters() + written)
 
 
+def _learning(s: Sizes) -> float:
+    """Peak bytes of learning widths: the dense model, which is its own teacher, a slice's logits of
+    either, and a pass's activations, kept for every block. Frozen weights need no inputs kept."""
+    section, arch = s.recipe.prune.learned, s.dense
+    window = section.tokens or s.recipe.calibration.tokens
+    tokens = section.batch // section.accumulation * window
+    widest = max(arch.blocks, key=lambda w: w.intermediate)
+    block = tokens * s.computed * (6 * arch.hidden + 4 * widest.intermediate
+                                   + 4 * widest.heads * arch.head_dim)
+    logits = 5 * 4 * arch.vocabulary * min(tokens, slice_tokens(arch.vocabulary))
+    return s.computed * arch.parameters() + logits + block * len(arch.blocks)
+
+
+def _learned(s: Sizes) -> float:
+    """FLOPs of learning widths: the dense model forwards, the same with its multipliers, and as
+    much backwards, since no weight has a gradient."""
+    section = s.recipe.prune.learned
+    window = section.tokens or s.recipe.calibration.tokens
+    once = cost.flops(s.dense, window).whole(s.dense.blocks) + cost.head_flops(s.dense, window)
+    judged = 2 * (1 + JUDGEMENTS) * section.held_back
+    return once * (3 * section.steps * section.batch + judged)
+
+
 def _passes(s: Sizes, tune: TuneSection) -> float:
     """FLOPs of a window of training: a pass forwards and twice as much backwards; of the teacher
     one forwards."""
@@ -202,7 +227,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     if "outer" in needs:  # the sums, their inverse, and the rounds
         scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
                        for size in (w.heads * arch.head_dim, w.intermediate))
-    searching = 0.0
+    searching = learning = 0.0
     if recipe.prune.needs_curves:
         points, share = recipe.prune.search.points, judged(recipe)
         searching = passes * (3 + share * (3 + points)
@@ -210,6 +235,8 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
                               1 + share * points * (len(arch.blocks) + 1))
         searching += sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
                          for size in (w.heads * arch.head_dim, w.intermediate))
+    elif recipe.prune.layers == "learned":
+        learning = _learned(s)
     pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
     # The sums, and a solution for every ridge that is tried.
     solutions = 1 + len(RIDGES) * (recipe.recover.refit.ridge == "auto")
@@ -233,7 +260,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     moved, tune = s.stored * arch.parameters() + s.weights, recipe.tune
     return {"score": roof(scoring, weights),
             "curves": roof(searching, 2 * weights) * recipe.prune.needs_curves,
-            "prune": roof(rounds, 2 * moved),
+            "prune": roof(rounds + learning, 2 * moved),
             "recover": roof(repairing, 2 * moved) * (recipe.recover.method != "none"),
             "tune": roof(tune.steps * tune.batch * _passes(s, tune),
                          tune.steps * weights) * tune.enabled,

@@ -47,7 +47,9 @@ def cheaper(stage: str, recipe: Recipe) -> str:
         "curves": "prune.search.propagation: sensitivity grows with the blocks, not their square" if
         search.propagation == "measured" else
         f"lower prune.search.windows or prune.search.points, or {fewer}",
-        "prune": "prune.search.rounds: 1 takes one search, and none here",
+        "prune": "lower prune.learned.steps, batch or tokens" if
+        recipe.prune.layers == "learned" else
+        "prune.search.rounds: 1 takes one search, and none here",
         "recover": "recover.refit.ridge: 0.1 solves once where auto solves for every ridge that "
         "it tries" if recipe.recover.refit.ridge == "auto" else fewer,
         "tune": "lower tune.steps, tune.batch or tune.tokens",

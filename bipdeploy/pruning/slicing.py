@@ -42,6 +42,18 @@ def slice_block(tensors: Mapping[str, torch.Tensor], arch: Architecture, block: 
     return sliced
 
 
+def scale_columns(tensors: Mapping[str, torch.Tensor], arch: Architecture,
+                  columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A block's tensors with the columns of o_proj multiplied by `columns["heads"]` [H*e] and those
+    of down_proj by `columns["ffn"]` [F], where these are given; rounded to the types they have."""
+    scaled, family = dict(tensors), arch.family
+    for part, names in (("heads", family.query_columns), ("ffn", family.ffn_columns)):
+        for name in names if part in columns else ():
+            weight = tensors[name]
+            scaled[name] = (weight.double() * columns[part].to(weight.device)).to(weight.dtype)
+    return scaled
+
+
 def add_biases(tensors: Mapping[str, torch.Tensor], arch: Architecture,
                added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A block's tensors with `added` [D] on the biases of o_proj and down_proj, by tensor name.

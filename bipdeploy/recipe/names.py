@@ -19,7 +19,7 @@ CRITERIA = ("llm_bip", "llm_bip_joint", "wanda_sp", "flap", "flap_ifv", "flap_wi
 Propagation = Literal["bound", "measured"]
 PROPAGATIONS: tuple[Propagation, ...] = get_args(Propagation)
 # `bipdeploy.stages.prune`
-Layers = Literal["uniform", "global", "adaptive", "searched"]
+Layers = Literal["uniform", "global", "adaptive", "searched", "learned"]
 LAYERS: tuple[Layers, ...] = get_args(Layers)
 # `bipdeploy.stages.repairs`
 Repair = Literal["none", "refit", "bias"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from bipdeploy.recipe.base import Section, Share
 from bipdeploy.recipe.names import Layers
 from bipdeploy.recipe.target import TargetSection
 
 Leaving = Literal["kv", "query", "both"]
+JUDGEMENTS = 10  # times that learned widths are judged on what was held back, after the first
 
 
 def _with_true(schema: dict[str, Any]) -> None:
@@ -46,6 +47,35 @@ class SearchSection(Section):
         "repair.")
 
 
+class LearnedSection(Section):
+    """How `layers: learned` trains what chooses the groups. The model's weights stay frozen."""
+
+    tokens: int | None = Field(None, ge=8, description="Tokens in a window of the calibration "
+                               "text. Default: `calibration.tokens`.")
+    steps: PositiveInt = Field(100, description="Optimiser steps. The more, the more of the "
+                              "criterion's order is overruled.")
+    batch: PositiveInt = Field(64, description="Windows in one optimiser step.")
+    accumulation: PositiveInt = Field(
+        8, description="Parts that a step's windows are split into, one after another, to save "
+        "memory. Changes the result by rounding only.")
+    learning_rate: PositiveFloat = Field(
+        0.02, description="AdamW's at the start; it falls to 0 along a cosine.")
+    standing: float = Field(
+        3.0, ge=0.0, description="How far apart the criterion puts the group that is to leave "
+        "first and the one that is to leave last, in what training moves by `learning_rate` in a "
+        "step. The less, the sooner training overrules the criterion.")
+    held_back: PositiveInt = Field(
+        32, description="Windows that are not trained on, drawn by `seed`: what is learned is "
+        "taken from where these diverge least from the dense model.")
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> LearnedSection:
+        if self.batch % self.accumulation:
+            raise ValueError(f"batch {self.batch} does not divide by accumulation "
+                             f"{self.accumulation}; change one of them")
+        return self
+
+
 class DepthSection(Section):
     """Parts that leave as a whole, those with the least influence on the residual stream first."""
 
@@ -71,13 +101,15 @@ class PruneSection(Section):
         "without protected blocks the result is a stock checkpoint. `global`: heads of all blocks "
         "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
         "channels, in one ranking (FLAP's). `searched`: widths by block, split between heads and "
-        "FFN so that the model's output changes least.")
+        "FFN so that the model's output changes least. `learned`: which groups stay is trained "
+        "towards the dense model's predictions, its weights frozen; meant for a GPU.")
     global_weights: Literal["none", "sensitivity"] = Field(
         "none", description="What scores of different blocks are weighed by under `layers: "
         "global`. `none`: they are compared as they are, or standardised where the criterion asks "
         "for it. `sensitivity`: by what an error of their block does to the model's output, from "
         "the curves of `search`.")
     search: SearchSection = Field(default_factory=SearchSection)
+    learned: LearnedSection = Field(default_factory=LearnedSection)
     depth: DepthSection = Field(
         default_factory=DepthSection, description="What is dropped before widths meet the rest of "
         "the ratio. Protected blocks are spared. With heads and ffn both false, depth alone has "
@@ -90,7 +122,7 @@ class PruneSection(Section):
         "kv", description="Which attention heads leave. `kv` (or `true`): KV heads with all their "
         "query heads. `query`: query heads, as many from every KV head of a block; the KV cache "
         "stays as large. `both`: either, in finer steps. `false`: none. Query heads need `layers` "
-        "uniform or searched.", json_schema_extra=_with_true)
+        "uniform, searched or learned.", json_schema_extra=_with_true)
     ffn: bool = Field(True, description="Prune FFN channels.")
 
     @field_validator("heads", mode="before")
@@ -142,16 +174,18 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _one_search(self) -> PruneSection:
-        if self.layers == "searched" and self.depth.any:
-            raise ValueError("layers: searched chooses widths for all parts, and depth drops some "
-                             "of them; set depth to 0, or layers to uniform, global or adaptive")
+        if self.layers in ("searched", "learned") and self.depth.any:
+            raise ValueError(f"layers: {self.layers} chooses widths for all parts, and depth drops "
+                             "some of them; set depth to 0, or layers to uniform, global or "
+                             "adaptive")
         return self
 
     @model_validator(mode="after")
     def _query_heads(self) -> PruneSection:
         if self.query_heads and self.layers in ("global", "adaptive"):
             raise ValueError(f"layers: {self.layers} ranks whole KV heads, and heads is "
-                             f"{self.heads}; set heads to kv, or layers to uniform or searched")
+                             f"{self.heads}; set heads to kv, or layers to uniform, searched or "
+                             "learned")
         return self
 
     @model_validator(mode="after")

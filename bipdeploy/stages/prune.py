@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from bipdeploy.measuring import profile
 from bipdeploy.model.families import architecture, size_figures
@@ -15,6 +18,7 @@ from bipdeploy.pruning.search import Curve
 from bipdeploy.pruning.sensitivity import weighted
 from bipdeploy.running import artifacts
 from bipdeploy.stages import curves
+from bipdeploy.stages.learned import learned
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores, require_scores
 from bipdeploy.stages.search import searched, write_sliced
 
@@ -28,10 +32,15 @@ def run(job: Job) -> None:
     require_scores(job, scores)
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
     dense = profile.timed(job.dense, job.reporter)
+    job = replace(job, resolved=dense)
     target, section = dense.target, job.recipe.prune
     details: dict[str, Any] = {}
+    columns: list[dict[str, torch.Tensor]] = []
     if section.layers == "searched":
         widths, kept, details = searched(job, scores)
+    elif section.layers == "learned":
+        found = learned(job, scores, comparable=summary["comparable"])
+        widths, kept, columns, details = found.widths, found.kept, found.columns, found.record
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
         ranked, comparable = scores, summary["comparable"]
@@ -47,7 +56,7 @@ def run(job: Job) -> None:
                                   widths_of=lambda tried: allocated(section=tried)[0])
         widths, _ = allocated(section=section)
         kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
-    config = write_sliced(job, job.out / "model", kept, widths)
+    config = write_sliced(job, job.out / "model", kept, widths, columns)
     figures = size_figures(arch, architecture(config))
     job.write(KEPT, {
         "ratio": section.share or 1 - figures["block_parameters.ratio"],

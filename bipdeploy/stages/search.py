@@ -7,9 +7,11 @@ as that, and what is left scored and measured anew there: effects of parts do no
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.model.activations import keeping
@@ -20,7 +22,7 @@ from bipdeploy.model.formats import pruned_config
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning import search
 from bipdeploy.pruning.kept import BlockScores, Kept, keep
-from bipdeploy.pruning.slicing import slice_block
+from bipdeploy.pruning.slicing import scale_columns, slice_block
 from bipdeploy.stages import curves as measuring
 from bipdeploy.stages import score
 from bipdeploy.stages.repairs import REPAIRS
@@ -85,17 +87,20 @@ def _repaired(job: Job, kept: Sequence[Kept], widths: Sequence[BlockWidths]) -> 
     return Checkpoint(made if made.is_dir() else work / "model")
 
 
-def write_sliced(job: Job, folder: Path, kept: Sequence[Kept], widths: Sequence[BlockWidths]
-                 ) -> dict[str, Any]:
-    """Write the dense model with only some of its groups; returns its config."""
+def write_sliced(job: Job, folder: Path, kept: Sequence[Kept], widths: Sequence[BlockWidths],
+                 columns: Sequence[Mapping[str, torch.Tensor]] = ()) -> dict[str, Any]:
+    """Write the dense model with only some of its groups; returns its config. `columns`: what the
+    inputs of each block's output projections are multiplied by, see `scale_columns`."""
     dense, weights, arch = job.dense, job.dense.checkpoint, job.dense.architecture
     job.reporter.total(len(kept), "blocks")
     config = pruned_config(dense.config, arch, widths)
     with CheckpointWriter(folder, config, weights.folder) as writer:
         writer.add_outside_blocks(weights, finite=True)  # scoring reads no final norm and no head
         for index, choice in enumerate(kept):
-            writer.add(slice_block(weights.block(index), arch, index, choice),
-                       f"model.layers.{index}.")
+            tensors = weights.block(index)
+            if columns:
+                tensors = scale_columns(tensors, arch, columns[index])
+            writer.add(slice_block(tensors, arch, index, choice), f"model.layers.{index}.")
             job.reporter.advance()
     return config
 

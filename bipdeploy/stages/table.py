@@ -21,11 +21,11 @@ class Stage(Row):
     """A row of the table. The function takes a `Job`.
 
     `needs`: the artefacts that are read (see `ARTEFACTS`). `sections`: the recipe's fields that
-    change the result, and `curves` and `rounds` more of them, where curves are measured and where
-    the budget is met in rounds. `timed` results hold for this machine only; `libraries` are those
-    that matter to this stage alone. `smaller`: what to change where memory runs out. `rehearsal`: a
-    function of the resolved recipe that raises InputError for what would fail after the earlier
-    stages, and is too slow for `refuses`.
+    change the result; `curves`, `rounds` and `learned` more of them, where curves are measured,
+    where the budget is met in rounds, and where widths are learned. `timed` results hold for this
+    machine only; `libraries` are those that matter to this stage alone. `smaller`: what to change
+    where memory runs out. `rehearsal`: a function of the resolved recipe that raises InputError for
+    what would fail after the earlier stages, and is too slow for `refuses`.
     """
 
     sections: tuple[str, ...]
@@ -33,13 +33,15 @@ class Stage(Row):
     libraries: tuple[str, ...] = ()
     curves: tuple[str, ...] = ()
     rounds: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()
     smaller: str = "free some memory and run again"
     rehearsal: str | None = None
 
     def read(self, recipe: Recipe) -> dict[str, Any]:
         """The recipe's fields that change this stage's result, by their dotted names."""
         names = (*self.sections, *self.curves * recipe.prune.needs_curves,
-                 *self.rounds * (recipe.prune.rounds > 1))
+                 *self.rounds * (recipe.prune.rounds > 1),
+                 *self.learned * (recipe.prune.layers == "learned"))
         return {name: attrgetter(name)(recipe) for name in names}
 
     def rehearse(self, resolved: Resolved) -> None:
@@ -57,6 +59,12 @@ def _positions(field: str, tokens: int, resolved: Resolved, otherwise: str = "")
 
 def _score(resolved: Resolved) -> None:
     _positions("calibration.tokens", resolved.recipe.calibration.tokens, resolved)
+
+
+def _prune(resolved: Resolved) -> None:
+    section = resolved.recipe.prune
+    if section.layers == "learned" and section.learned.tokens:
+        _positions("prune.learned.tokens", section.learned.tokens, resolved)
 
 
 def _tune(resolved: Resolved) -> None:
@@ -87,9 +95,11 @@ STAGES: dict[str, Stage] = by_name(
         "prune.protect", "prune.round_to", "prune.heads", "prune.ffn", "hardware.tensor_parallel",
         "recover.fitting", "model", "calibration", "seed"),
           smaller=f"{_WALKS}; or lower prune.search.windows"),
-    Stage("prune", ("dense", "score", "curves"), None, "bipdeploy.stages.prune:run",
+    Stage("prune", ("dense", "score", "curves"), _prune, "bipdeploy.stages.prune:run",
           ("prune", "hardware"), rounds=("model", "calibration", "recover", "seed"),
-          smaller=f"{_WALKS}; with rounds, lower prune.search.windows"),
+          learned=("model", "calibration", "seed"), rehearsal="bipdeploy.stages.learned:rehearse",
+          smaller=f"{_WALKS}; with rounds, lower prune.search.windows; with layers: learned, raise "
+          "prune.learned.accumulation or lower its batch or tokens"),
     Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
     Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",
