@@ -16,6 +16,7 @@ from bipdeploy.model.families import Architecture
 from bipdeploy.pipeline.keys import WHERE, plain
 from bipdeploy.pipeline.preflight import refuse
 from bipdeploy.planning.resolved import Resolved, resolved_at
+from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.base import TextSection
@@ -89,7 +90,8 @@ def _changed(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
 
 def _require_possible(resolved: Resolved, cells: tuple[Cell, ...]) -> None:
     faults: dict[str, None] = {}
-    for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
+    for at in {(CRITERIA[c.method.criterion].refuses, c.method.layers, c.ratio, c.repair): c
+               for c in cells}.values():
         try:
             refuse(resolved.under(recipe_of(resolved.recipe, resolved.architecture, at)))
         except InputError as error:

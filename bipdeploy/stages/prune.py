@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -33,6 +35,7 @@ def run(job: Job) -> None:
                          f"and those in {job.inputs['score']} are older; score the model again, or "
                          "set prune.heads to kv")
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
+    _require_widths(job, summary)
     dense = profile.timed(job.dense, job.reporter)
     target, section = dense.target, job.recipe.prune
     details: dict[str, Any] = {}
@@ -61,3 +64,15 @@ def run(job: Job) -> None:
                     **({"kept_queries": list(map(list, k.queries))} if k.queries else {})}
                    for w, k in zip(widths, kept, strict=True)]})
     job.write_figures(figures | (target.figures(widths) if target else {}))
+
+
+def _require_widths(job: Job, summary: Mapping[str, Any]) -> None:
+    """Refuse scores that chose for other widths than these. Raises InputError."""
+    if "widths" not in summary:
+        return
+    name, section = summary["criterion"], job.recipe.prune
+    if section.layers != "uniform" or section.depth.any or [
+            asdict(own) for own in job.dense.uniform] != summary["widths"]:
+        raise InputError(f"the scores in {job.inputs['score']} are of {name}, which chooses for "
+                         "the widths that it is told, and these are others; score the model again "
+                         "with the same section prune (--set prune.ratio=…)")
