@@ -21,7 +21,7 @@ from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.methods import Method, method
-from bipdeploy.recipe.names import REPAIRS_COMPARED, repair_settings
+from bipdeploy.recipe.names import REPAIRS_COMPARED, SEARCHED, repair_settings
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import STAGES
@@ -162,7 +162,7 @@ def key(wanted: Plan, cell: Cell) -> str:
                                          "evaluate", "seed", *REPAIRS_COMPARED[cell.repair]))}
     found["sections"]["recover"] = own.recover.used
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search"})
-    if cell.method.layers == "searched":  # widths are chosen for the recipe's own repair
+    if cell.method.layers in SEARCHED:  # widths are chosen for the recipe's own repair
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.tune.enabled:
         found["sections"]["tune"] = plain(own.tune, WHERE | own.tune.unused)

@@ -12,6 +12,7 @@ from bipdeploy.measuring import tasks
 from bipdeploy.model import sources
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.names import SEARCHED
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import ARTEFACTS, STAGES
@@ -35,7 +36,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
     upstream = {part.split("/")[0] for artefact in stage.needs
                 for part in ARTEFACTS.get(artefact, (artefact,))}
     environment = machine.environment()
-    sections = stage.sections + stage.searched * (recipe.prune.layers == "searched")
+    sections = stage.sections + stage.searched * (recipe.prune.layers in SEARCHED)
     if name == "score" and CRITERIA[recipe.score.criterion].counts:
         sections += STAGES["prune"].sections
     parts: dict[str, Any] = {

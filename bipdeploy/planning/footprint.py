@@ -15,6 +15,7 @@ from bipdeploy.model import cost
 from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.names import SEARCHED
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.recover import RIDGES
 from bipdeploy.recipe.tune import TuneSection, slice_tokens
@@ -121,7 +122,15 @@ def memory(s: Sizes) -> dict[str, float]:
             len(arch.blocks) if recipe.prune.search.propagation == "sensitivity" else
             2 + judged(recipe) * 2 * recipe.prune.search.points * len(arch.blocks))
     repairing = (walking + 3 * windows + gram) * (recipe.recover.method != "none")
-    if searching and recipe.prune.search.rounds > 1:
+    if recipe.prune.layers == "evolved":
+        # The whole model with the output projections of all widths, half a dense one on average,
+        # windows before and behind it, and a part's sums.
+        projections = sum((w.heads * arch.head_dim + w.intermediate) * arch.hidden
+                          for w in arch.blocks)
+        searching = value * (arch.parameters() + recipe.prune.search.points * projections / 2) + (
+            batch + 3 * windows + 8 * (3 + held_back) * dense_inputs * (dense_inputs + arch.hidden)
+            + 4 * 4 * calibration.batch * calibration.tokens * arch.vocabulary)
+    elif searching and recipe.prune.search.rounds > 1:
         searching = max(searching, scoring, repairing)
     bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
     both = value * (arch.parameters() + s.pruned.parameters())
@@ -203,11 +212,16 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
         scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
                        for size in (w.heads * arch.head_dim, w.intermediate))
     searching = 0.0
-    if recipe.prune.layers == "searched":
-        points, share = recipe.prune.search.points, judged(recipe)
-        searching = passes * (3 + share * (3 + points)
-                              if recipe.prune.search.propagation == "sensitivity" else
-                              1 + share * points * (len(arch.blocks) + 1))
+    if recipe.prune.layers in SEARCHED:
+        search = recipe.prune.search
+        points, share = search.points, judged(recipe)
+        # Of a generation all offspring see an eighth, a quarter a half, an eighth all windows; the
+        # dense model's distributions are made again from its last hidden states.
+        evolving = search.generations * search.offspring * 0.375 * share * (
+            passes + 2 * calibration.windows * cost.head_flops(arch, calibration.tokens))
+        searching = passes + evolving if recipe.prune.layers == "evolved" else passes * (
+            3 + share * (3 + points) if search.propagation == "sensitivity" else
+            1 + share * points * (len(arch.blocks) + 1))
         searching += sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
                          for size in (w.heads * arch.head_dim, w.intermediate))
     pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)

@@ -44,7 +44,9 @@ def cheaper(stage: str, recipe: Recipe) -> str:
     return {
         "score": "score.propagation: bound needs no pass for each head" if
         recipe.score.propagation == "measured" else fewer,
-        "prune": "prune.search.propagation: sensitivity grows with the blocks, not their square" if
+        "prune": "lower prune.search.generations, offspring or windows" if
+        recipe.prune.layers == "evolved" else
+        "prune.search.propagation: sensitivity grows with the blocks, not their square" if
         search.propagation == "measured" else "prune.search.rounds: 1 takes one search" if
         search.rounds > 1 else f"lower prune.search.windows or prune.search.points, or {fewer}",
         "recover": "recover.refit.ridge: 0.1 solves once where auto solves for every ridge that "

@@ -20,8 +20,9 @@ COUNTING = ("osscar",)  # those of them that choose for widths known before: wit
 Propagation = Literal["bound", "measured"]
 PROPAGATIONS: tuple[Propagation, ...] = get_args(Propagation)
 # `bipdeploy.stages.prune`
-Layers = Literal["uniform", "global", "adaptive", "searched"]
+Layers = Literal["uniform", "global", "adaptive", "searched", "evolved"]
 LAYERS: tuple[Layers, ...] = get_args(Layers)
+SEARCHED: tuple[Layers, ...] = ("searched", "evolved")  # by trying widths on calibration text
 # `bipdeploy.stages.repairs`
 Repair = Literal["none", "refit", "bias"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)

@@ -13,7 +13,9 @@ from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.planning import targets
 from bipdeploy.planning.job import Job
 from bipdeploy.pruning.allocation import allocate
+from bipdeploy.pruning.kept import keep
 from bipdeploy.running import artifacts
+from bipdeploy.stages.evolve import evolved
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores
 from bipdeploy.stages.search import searched, write_sliced
 
@@ -41,6 +43,9 @@ def run(job: Job) -> None:
     details: dict[str, Any] = {}
     if section.layers == "searched":
         widths, kept, details = searched(job, scores)
+    elif section.layers == "evolved":
+        widths, details = evolved(job, scores)
+        kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
         allocated = partial(allocate, arch, scores=scores, comparable=summary["comparable"],

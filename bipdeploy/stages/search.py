@@ -71,7 +71,7 @@ def _solved(job: Job, model: Checkpoint, curves: Sequence[search.Curve], part: f
             ) -> list[BlockWidths]:
     """The widths that meet a part of the way to the budget, at most those that the model has."""
     dense, arch = job.dense, model.architecture
-    choices = _choices(job.recipe, arch)
+    choices = width_choices(job.recipe, arch)
     if target := dense.target:
         limit = target.dense + (target.limit - target.dense) * part
         return search.solve_within(arch, curves, choices, limit, target.cost)
@@ -80,7 +80,8 @@ def _solved(job: Job, model: Checkpoint, curves: Sequence[search.Curve], part: f
     return search.solve(arch, curves, choices, total * (1 - dense.section.ratio * part))
 
 
-def _choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[Width]]:
+def width_choices(recipe: Recipe, arch: Architecture) -> Callable[[int, str], list[Width]]:
+    """The widths that a part ("heads", "ffn") of a block may have, ascending."""
     # Whether the budget can be met is known of the dense model; a round's is another share.
     section = recipe.prune.model_copy(update={"ratio": None})
     return part_widths(arch, section, tensor_parallel=recipe.hardware.tensor_parallel)
@@ -130,7 +131,7 @@ def measured_curves(recipe: Recipe, model: Checkpoint, scores: Sequence[BlockSco
     """What each width of each part costs, whatever the ratio, and on how many windows; hidden
     states that spill do so below `work`."""
     section, walker = recipe.prune.search, BlockWalker(model, recipe.model)
-    arch, choices = walker.architecture, _choices(recipe, walker.architecture)
+    arch, choices = walker.architecture, width_choices(recipe, walker.architecture)
     drawn, _ = calibration_batches(recipe, model.folder, arch.max_positions)
     text = searched_text(recipe, torch.cat(drawn))
     sensed = section.propagation == "sensitivity"

@@ -73,7 +73,8 @@ STAGES: dict[str, Stage] = by_name(
           ("model", "calibration", "score", "seed"), smaller=_WALKS),
     Stage("prune", ("dense", "score"), None, "bipdeploy.stages.prune:run", ("prune", "hardware"),
           searched=("model", "calibration", "recover", "seed"),
-          smaller=f"{_WALKS}; with layers: searched, lower prune.search.windows"),
+          smaller=f"{_WALKS}; with layers: searched or evolved, lower "
+          "prune.search.windows"),
     Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
     Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",
