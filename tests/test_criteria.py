@@ -512,7 +512,7 @@ def test_every_criterion_gets_the_same_budget(variant, layers, ratio):
     assert len(found) == 1 or layers != "uniform"
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [name for name, row in CRITERIA.items() if not row.counts])
 def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path, criterion):
     settings = [*short_calibration(tmp_path), f"score.criterion={criterion}", "seed=7"]
     found = []

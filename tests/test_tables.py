@@ -41,6 +41,7 @@ def test_what_a_recipe_may_name_is_what_there_is(table, listed):
 
 def test_the_order_of_names_is_that_of_the_tables():
     assert list(CRITERIA) == list(names.CRITERIA)
+    assert [name for name, row in CRITERIA.items() if row.counts] == list(names.COUNTING)
     assert list(TARGETS) == list(names.TARGETS) == list(TargetSection.model_fields)[:len(TARGETS)]
 
 

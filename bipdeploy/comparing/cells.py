@@ -16,11 +16,12 @@ from bipdeploy.model.families import Architecture
 from bipdeploy.pipeline.keys import WHERE, plain
 from bipdeploy.pipeline.preflight import refuse
 from bipdeploy.planning.resolved import Resolved, resolved_at
+from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.methods import Method, method
-from bipdeploy.recipe.names import REPAIRS_COMPARED, repair_settings
+from bipdeploy.recipe.names import REPAIRS_COMPARED, SEARCHED, repair_settings
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import STAGES
@@ -89,7 +90,8 @@ def _changed(recipe: Recipe, sections: Mapping[str, Any]) -> Recipe:
 
 def _require_possible(resolved: Resolved, cells: tuple[Cell, ...]) -> None:
     faults: dict[str, None] = {}
-    for at in {(c.method.layers, c.ratio, c.repair): c for c in cells}.values():
+    for at in {(CRITERIA[c.method.criterion].refuses, c.method.layers, c.ratio, c.repair): c
+               for c in cells}.values():
         try:
             refuse(resolved.under(recipe_of(resolved.recipe, resolved.architecture, at)))
         except InputError as error:
@@ -162,7 +164,8 @@ def key(wanted: Plan, cell: Cell) -> str:
     found["sections"]["prune"] = own.prune.model_dump(exclude={"search", "learned"})
     if cell.method.layers == "learned":
         found["learned"] = own.prune.learned.model_dump()
-    if own.prune.needs_curves:  # widths are chosen for the recipe's own repair
+    # Widths are chosen for the recipe's own repair.
+    if own.prune.needs_curves or cell.method.layers in SEARCHED:
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.tune.enabled:
         found["sections"]["tune"] = plain(own.tune, WHERE | own.tune.unused)

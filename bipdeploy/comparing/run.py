@@ -32,6 +32,7 @@ from bipdeploy.model.blocks import BlockWalker, compute_device, compute_dtype
 from bipdeploy.model.walk import require_agreement
 from bipdeploy.pipeline import pipeline
 from bipdeploy.planning.job import Job
+from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.recipe.names import REPAIRS_COMPARED
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
@@ -169,7 +170,7 @@ def measure(wanted: Plan, meter: Meter, out: Path, reporter: Reporter,
                 for _, of_ratio in groupby(of_method, lambda c: c.ratio):
                     cells = missing(of_ratio)  # another process may have measured some
                     if cells:
-                        ranked = scores[method.ranking]
+                        ranked = scores[_scoring(cells[0])]
                         _ratio(wanted, cells, ranked, spent.setdefault(ranked, {}), work, meter,
                                recorded, done)
                 said(f"seed {seed}, {method}: "
@@ -184,24 +185,32 @@ def _progress(count: int, total: int, seconds: float) -> str:
     return f"{count} of {total} cells in {seconds / 60:.1f} minutes{left}"
 
 
-def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path) -> dict[str, Path]:
-    """Score by all criteria of one seed's cells together; the folder of each by its name."""
-    asked = {c.method.ranking: recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
+def _scoring(cell: Cell) -> tuple[str, float | None]:
+    """What a cell's scores depend on beside the seed: the ratio where its criterion counts."""
+    return cell.method.ranking, cell.ratio if CRITERIA[cell.method.criterion].counts else None
+
+
+def _scores(wanted: Plan, cells: Sequence[Cell], folder: Path
+            ) -> dict[tuple[str, float | None], Path]:
+    """Score by all criteria of one seed's cells together; the folder of each by `_scoring`."""
+    asked = {_scoring(c): recipe_of(wanted.recipe, wanted.arch, c) for c in cells}
     recipe = next(iter(asked.values()))
     walker = BlockWalker(wanted.resolved.checkpoint, recipe.model)
     drawn, provenance = calibration_batches(recipe, wanted.dense, wanted.arch.max_positions)
     require_agreement(walker, recipe.seed)
     sections = [r.score for r in asked.values()]
+    widths = [score.widths_for(wanted.resolved.under(r)) for r in asked.values()]
     size = score.kept_bytes(walker, drawn, sections)
     folder.mkdir()
     with (pipeline.finishing("score"),
           keeping(folder, recipe.calibration.spill, size) as keep):
-        walked = score.score_together(walker, drawn, sections, recipe.seed, keep=keep)
+        walked = score.score_together(walker, drawn, sections, recipe.seed, keep=keep,
+                                      widths=widths)
     found = {}
     for number, ((name, own), result) in enumerate(zip(asked.items(), walked, strict=True)):
         found[name] = folder / str(number)
         found[name].mkdir()
-        score.write(found[name], own.score, result, provenance)
+        score.write(found[name], own.score, result, provenance, widths[number])
     return found
 
 

@@ -11,6 +11,7 @@ from bipdeploy.data.calibration import fingerprints, test_split, training_split
 from bipdeploy.measuring import tasks
 from bipdeploy.model import sources
 from bipdeploy.planning.resolved import Resolved
+from bipdeploy.pruning.criteria.table import CRITERIA
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import ARTEFACTS, STAGES
@@ -35,6 +36,8 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
                 for part in ARTEFACTS.get(artefact, (artefact,))}
     environment = machine.environment()
     sections = stage.read(recipe)
+    if name == "score" and CRITERIA[recipe.score.criterion].counts:
+        sections |= STAGES["prune"].read(recipe)
     parts: dict[str, Any] = {
         "stage": name, "code": environment["code"],
         "libraries": {**environment["libraries"],
@@ -53,7 +56,7 @@ def stage_key(name: str, recipe: Recipe, keys: Mapping[str, str]) -> str:
         parts["training"] = text.fingerprint(recipe.tune.data, training_split(recipe))
     if stage.timed:
         parts["hardware"] = environment["hardware"]
-    if "prune" in stage.sections and (target := recipe.prune.target):
+    if "prune" in sections and (target := recipe.prune.target):
         if target.timed:
             parts["profile"] = keys.get("profile")
         if target.kind == "memory":  # the biases that a repair adds count

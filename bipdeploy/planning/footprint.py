@@ -15,6 +15,7 @@ from bipdeploy.model import cost
 from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.names import SEARCHED
 from bipdeploy.recipe.prune import JUDGEMENTS
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.recover import RIDGES
@@ -124,6 +125,14 @@ def memory(s: Sizes) -> dict[str, float]:
     repairing = (walking + 3 * windows + gram) * (recipe.recover.method != "none")
     rounds = max(searching, scoring, repairing) * (recipe.prune.rounds > 1)
     learning = _learning(s) * (recipe.prune.layers == "learned")
+    if recipe.prune.layers == "evolved":
+        # The whole model with the output projections of all widths, half a dense one on average,
+        # windows before and behind it, and a part's sums.
+        projections = sum((w.heads * arch.head_dim + w.intermediate) * arch.hidden
+                          for w in arch.blocks)
+        rounds = value * (arch.parameters() + recipe.prune.search.points * projections / 2) + (
+            batch + 3 * windows + 8 * (3 + held_back) * dense_inputs * (dense_inputs + arch.hidden)
+            + 4 * 4 * calibration.batch * calibration.tokens * arch.vocabulary)
     bench, perplexity = recipe.bench.torch, recipe.evaluate.perplexity
     both = value * (arch.parameters() + s.pruned.parameters())
     cache = 2 * bench.batch * (bench.prompt_tokens + bench.new_tokens) * (
@@ -227,14 +236,21 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     if "outer" in needs:  # the sums, their inverse, and the rounds
         scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
                        for size in (w.heads * arch.head_dim, w.intermediate))
-    searching = learning = 0.0
-    if recipe.prune.needs_curves:
-        points, share = recipe.prune.search.points, judged(recipe)
-        searching = passes * (3 + share * (3 + points)
-                              if recipe.prune.search.propagation == "sensitivity" else
-                              1 + share * points * (len(arch.blocks) + 1))
-        searching += sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
-                         for size in (w.heads * arch.head_dim, w.intermediate))
+    searching = learning = evolving = 0.0
+    if recipe.prune.needs_curves or recipe.prune.layers in SEARCHED:
+        search = recipe.prune.search
+        points, share = search.points, judged(recipe)
+        solving = sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
+                      for size in (w.heads * arch.head_dim, w.intermediate))
+        if recipe.prune.layers == "evolved":
+            # Of a generation all offspring see an eighth, a quarter a half, an eighth all windows;
+            # the dense model's distributions are made again from its last hidden states.
+            evolving = solving + passes + search.generations * search.offspring * 0.375 * share * (
+                passes + 2 * calibration.windows * cost.head_flops(arch, calibration.tokens))
+        else:
+            searching = solving + passes * (
+                3 + share * (3 + points) if search.propagation == "sensitivity" else
+                1 + share * points * (len(arch.blocks) + 1))
     elif recipe.prune.layers == "learned":
         learning = _learned(s)
     pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
@@ -260,7 +276,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     moved, tune = s.stored * arch.parameters() + s.weights, recipe.tune
     return {"score": roof(scoring, weights),
             "curves": roof(searching, 2 * weights) * recipe.prune.needs_curves,
-            "prune": roof(rounds + learning, 2 * moved),
+            "prune": roof(rounds + learning + evolving, 2 * moved),
             "recover": roof(repairing, 2 * moved) * (recipe.recover.method != "none"),
             "tune": roof(tune.steps * tune.batch * _passes(s, tune),
                          tune.steps * weights) * tune.enabled,

@@ -49,6 +49,8 @@ def cheaper(stage: str, recipe: Recipe) -> str:
         f"lower prune.search.windows or prune.search.points, or {fewer}",
         "prune": "lower prune.learned.steps, batch or tokens" if
         recipe.prune.layers == "learned" else
+        "lower prune.search.generations, offspring or windows" if
+        recipe.prune.layers == "evolved" else
         "prune.search.rounds: 1 takes one search, and none here",
         "recover": "recover.refit.ridge: 0.1 solves once where auto solves for every ridge that "
         "it tries" if recipe.recover.refit.ridge == "auto" else fewer,

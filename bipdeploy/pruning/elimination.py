@@ -56,11 +56,17 @@ def costs(gram_KK: torch.Tensor, weight_DK: torch.Tensor, size: int = 1, *,
 
 def _damped_inverse(gram_KK: torch.Tensor, ridge: float) -> torch.Tensor:
     """(Z'Z + ridge mean(diag Z'Z) I)^-1 in float64. At 7B each copy would take a gigabyte."""
-    damped = gram_KK.to(torch.float64, copy=True)
-    diagonal = damped.diagonal()
+    own = damped(gram_KK, ridge)
+    torch.linalg.cholesky(own, out=own)
+    return torch.cholesky_inverse(own)
+
+
+def damped(gram_KK: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Z'Z + ridge mean(diag Z'Z) I in float64, a copy."""
+    own = gram_KK.to(torch.float64, copy=True)
+    diagonal = own.diagonal()
     diagonal += ridge * diagonal.mean().clamp_min(1e-12)
-    torch.linalg.cholesky(damped, out=damped)
-    return torch.cholesky_inverse(damped)
+    return own
 
 
 def diagonal_blocks(matrix_KK: torch.Tensor, size: int) -> torch.Tensor:

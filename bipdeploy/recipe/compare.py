@@ -8,7 +8,15 @@ from pydantic import Field, NonNegativeInt, field_validator
 
 from bipdeploy.recipe.base import Section, Share
 from bipdeploy.recipe.methods import Method, method, method_fault
-from bipdeploy.recipe.names import CRITERIA, Criteria, Repairs, Spreads, known, repair_fault
+from bipdeploy.recipe.names import (
+    COUNTING,
+    CRITERIA,
+    Criteria,
+    Repairs,
+    Spreads,
+    known,
+    repair_fault,
+)
 
 
 class CompareSection(Section):
@@ -17,7 +25,7 @@ class CompareSection(Section):
     criteria: Criteria = Field(
         [], description="Criteria, each with every one of `layers`: names in the criteria table; "
         "LLM-BIP as `llm_bip` (with the recipe's propagation), `llm_bip:bound` or "
-        "`llm_bip:measured`. Default: all, where `methods` names none either.")
+        "`llm_bip:measured`. Default: all that go with each, where `methods` names none either.")
     layers: Spreads = Field(
         ["uniform"], min_length=1, description="Values of prune.layers, and `depth:blocks`, "
         "`depth:attention` or `depth:ffn`: such parts are dropped first, as many as weigh less "
@@ -52,8 +60,9 @@ class CompareSection(Section):
 
     def repairs_of(self, propagation: str) -> dict[Method, list[str]]:
         """The repairs of every method, LLM-BIP without a propagation getting `propagation`."""
-        product = [method(c, spread) for c in self.criteria or ([] if self.methods else CRITERIA)
-                   for spread in self.layers]
+        criteria = self.criteria or ([] if self.methods else CRITERIA)
+        product = [method(c, spread) for c in criteria for spread in self.layers
+                   if self.criteria or spread == "uniform" or c not in COUNTING]
         listed = [(m, self.repairs) for m in [*product, *map(method, self.methods)]]
         found: dict[Method, list[str]] = {}
         for own, repairs in [*listed, *((method(m), r) for m, r in self.also.items())]:

@@ -14,13 +14,15 @@ from pydantic import AfterValidator
 from bipdeploy.errors import did_you_mean
 
 # `bipdeploy.pruning.criteria.table`
-CRITERIA = ("llm_bip", "llm_bip_joint", "wanda_sp", "flap", "flap_ifv", "flap_wifn", "taylor",
-            "taylor_vector", "magnitude", "random")
+CRITERIA = ("llm_bip", "llm_bip_joint", "osscar", "wanda_sp", "flap", "flap_ifv", "flap_wifn",
+            "taylor", "taylor_vector", "magnitude", "random")
+COUNTING = ("osscar",)  # those of them that choose for widths known before: with uniform ones alone
 Propagation = Literal["bound", "measured"]
 PROPAGATIONS: tuple[Propagation, ...] = get_args(Propagation)
 # `bipdeploy.stages.prune`
-Layers = Literal["uniform", "global", "adaptive", "searched", "learned"]
+Layers = Literal["uniform", "global", "adaptive", "searched", "evolved", "learned"]
 LAYERS: tuple[Layers, ...] = get_args(Layers)
+SEARCHED: tuple[Layers, ...] = ("searched", "evolved")  # by trying widths on calibration text
 # `bipdeploy.stages.repairs`
 Repair = Literal["none", "refit", "bias"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from bipdeploy.recipe.base import Section, Share
-from bipdeploy.recipe.names import Layers
+from bipdeploy.recipe.names import SEARCHED, Layers
 from bipdeploy.recipe.target import TargetSection
 
 Leaving = Literal["kv", "query", "both"]
@@ -28,7 +28,8 @@ class ProtectSection(Section):
 
 
 class SearchSection(Section):
-    """How stage `curves` measures what each width of each part costs, for `layers: searched`."""
+    """How stage `curves` measures what each width of each part costs, for `layers: searched`, and
+    how `layers: evolved` tries widths of all parts together, on the same windows."""
 
     propagation: Literal["measured", "sensitivity"] = Field(
         "sensitivity", description="`measured`: every variant runs through all later blocks; "
@@ -39,12 +40,17 @@ class SearchSection(Section):
         32, description="Calibration windows that the change of the output is measured on, the "
         "last of those drawn; at most half of them. The refits that are tried see the others.")
     points: int = Field(9, ge=2, description="Widths of each part that are measured; the others "
-                        "lie on lines between them.")
+                        "lie on lines between them. Those that `evolved` has.")
     rounds: PositiveInt = Field(
         1, description="In how many equal steps the budget is met. After each but the last the "
         "model is sliced and repaired as far as that, and what is left is scored and measured "
         "anew: what parts cost does not add up. Each round takes another scoring, search and "
-        "repair.")
+        "repair. `evolved` takes one.")
+    generations: PositiveInt = Field(
+        200, description="How often `evolved` makes offspring of the best widths yet.")
+    offspring: PositiveInt = Field(
+        16, description="How many a generation has. All are judged on an eighth of the windows, "
+        "the best quarter on half of them, the best eighth on all.")
 
 
 class LearnedSection(Section):
@@ -101,8 +107,10 @@ class PruneSection(Section):
         "without protected blocks the result is a stock checkpoint. `global`: heads of all blocks "
         "compete, channels too, and widths differ by block. `adaptive`: heads also compete with "
         "channels, in one ranking (FLAP's). `searched`: widths by block, split between heads and "
-        "FFN so that the model's output changes least. `learned`: which groups stay is trained "
-        "towards the dense model's predictions, its weights frozen; meant for a GPU.")
+        "FFN so that the model's output changes least. `evolved`: the same by trying widths of all "
+        "parts together, generation by generation (DarwinLM's, without training). `learned`: which "
+        "groups stay is trained towards the dense model's predictions, its weights frozen; meant "
+        "for a GPU.")
     global_weights: Literal["none", "sensitivity"] = Field(
         "none", description="What scores of different blocks are weighed by under `layers: "
         "global`. `none`: they are compared as they are, or standardised where the criterion asks "
@@ -122,7 +130,7 @@ class PruneSection(Section):
         "kv", description="Which attention heads leave. `kv` (or `true`): KV heads with all their "
         "query heads. `query`: query heads, as many from every KV head of a block; the KV cache "
         "stays as large. `both`: either, in finer steps. `false`: none. Query heads need `layers` "
-        "uniform, searched or learned.", json_schema_extra=_with_true)
+        "uniform, searched, evolved or learned.", json_schema_extra=_with_true)
     ffn: bool = Field(True, description="Prune FFN channels.")
 
     @field_validator("heads", mode="before")
@@ -174,18 +182,21 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _one_search(self) -> PruneSection:
-        if self.layers in ("searched", "learned") and self.depth.any:
+        if self.layers in (*SEARCHED, "learned") and self.depth.any:
             raise ValueError(f"layers: {self.layers} chooses widths for all parts, and depth drops "
                              "some of them; set depth to 0, or layers to uniform, global or "
                              "adaptive")
+        if self.layers == "evolved" and self.search.rounds > 1:
+            raise ValueError("layers: evolved meets the budget at once, and search.rounds is "
+                             f"{self.search.rounds}; set it to 1, or layers to searched")
         return self
 
     @model_validator(mode="after")
     def _query_heads(self) -> PruneSection:
         if self.query_heads and self.layers in ("global", "adaptive"):
             raise ValueError(f"layers: {self.layers} ranks whole KV heads, and heads is "
-                             f"{self.heads}; set heads to kv, or layers to uniform, searched or "
-                             "learned")
+                             f"{self.heads}; set heads to kv, or layers to uniform, searched, "
+                             "evolved or learned")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from bipdeploy.recipe.figures import expected
 from bipdeploy.recipe.gates import Bounds
 from bipdeploy.recipe.hardware import HardwareSection
 from bipdeploy.recipe.model import ModelSection
+from bipdeploy.recipe.names import SEARCHED
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recover import RecoverSection
 from bipdeploy.recipe.score import ScoreSection
@@ -56,10 +57,10 @@ class Recipe(Section):
         if chosen and samples < 2:
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
                              "calibration.samples is 1; raise it, or give a number")
-        if self.prune.layers == "searched" and samples < 2 + chosen:
-            raise ValueError("prune.layers: searched judges refits by calibration windows that "
-                             f"they have not seen, and calibration.samples is {samples}; give at "
-                             f"least {2 + chosen}")
+        if self.prune.layers in SEARCHED and samples < 2 + chosen:
+            raise ValueError(f"prune.layers: {self.prune.layers} judges refits by calibration "
+                             "windows that they have not seen, and calibration.samples is "
+                             f"{samples}; give at least {2 + chosen}")
         return self
 
     @model_validator(mode="after")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from bipdeploy.errors import InputError
 from bipdeploy.measuring import profile
 from bipdeploy.model.families import architecture, size_figures
 from bipdeploy.planning import targets
@@ -18,6 +20,7 @@ from bipdeploy.pruning.search import Curve
 from bipdeploy.pruning.sensitivity import weighted
 from bipdeploy.running import artifacts
 from bipdeploy.stages import curves
+from bipdeploy.stages.evolve import evolved
 from bipdeploy.stages.learned import learned
 from bipdeploy.stages.score import SUMMARY, read_influence, read_scores, require_scores
 from bipdeploy.stages.search import searched, write_sliced
@@ -31,6 +34,7 @@ def run(job: Job) -> None:
     scores = read_scores(job.inputs["score"])
     require_scores(job, scores)
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
+    _require_widths(job, summary)
     dense = profile.timed(job.dense, job.reporter)
     job = replace(job, resolved=dense)
     target, section = dense.target, job.recipe.prune
@@ -41,6 +45,9 @@ def run(job: Job) -> None:
     elif section.layers == "learned":
         found = learned(job, scores, comparable=summary["comparable"])
         widths, kept, columns, details = found.widths, found.kept, found.columns, found.record
+    elif section.layers == "evolved":
+        widths, details = evolved(job, scores)
+        kept = [keep(s, w) for s, w in zip(scores, widths, strict=True)]
     else:
         influence = read_influence(job.inputs["score"]) if section.depth.any else None
         ranked, comparable = scores, summary["comparable"]
@@ -70,3 +77,15 @@ def run(job: Job) -> None:
                     **({"kept_queries": list(map(list, k.queries))} if k.queries else {})}
                    for w, k in zip(widths, kept, strict=True)]})
     job.write_figures(figures | (target.figures(widths) if target else {}))
+
+
+def _require_widths(job: Job, summary: Mapping[str, Any]) -> None:
+    """Refuse scores that chose for other widths than these. Raises InputError."""
+    if "widths" not in summary:
+        return
+    name, section = summary["criterion"], job.recipe.prune
+    if section.layers != "uniform" or section.depth.any or [
+            asdict(own) for own in job.dense.uniform] != summary["widths"]:
+        raise InputError(f"the scores in {job.inputs['score']} are of {name}, which chooses for "
+                         "the widths that it is told, and these are others; score the model again "
+                         "with the same section prune (--set prune.ratio=…)")

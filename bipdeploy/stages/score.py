@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from dataclasses import replace as altered
 from functools import partial
 from itertools import repeat
@@ -18,8 +19,10 @@ from bipdeploy.model import finite, sources
 from bipdeploy.model.activations import Batches, Keep, keeping, replace
 from bipdeploy.model.blocks import Block, BlockWalker
 from bipdeploy.model.checkpoint import opened
+from bipdeploy.model.families import BlockWidths
 from bipdeploy.model.walk import require_agreement
 from bipdeploy.planning.job import Job
+from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.gradients import blocks_backwards
 from bipdeploy.pruning.criteria.llm_bip import head_bound, measured_change, rank_correlation
 from bipdeploy.pruning.criteria.statistics import BlockView, Scores, Statistics
@@ -59,12 +62,17 @@ def run(job: Job) -> None:
     size = kept_bytes(walker, windows, [recipe.score])
     with keeping(job.out, recipe.calibration.spill, size) as keep:
         walked = score_blocks(walker, windows, recipe, job, keep)
-    write(job.out, recipe.score, walked, provenance)
+    write(job.out, recipe.score, walked, provenance, widths_for(job.dense))
 
 
-def write(folder: Path, section: ScoreSection, walked: Walked,
-          provenance: dict[str, Any]) -> None:
-    """Write what later stages read of one criterion."""
+def widths_for(resolved: Resolved) -> Sequence[BlockWidths] | None:
+    """The widths that a recipe's criterion chooses for; None where it ranks for all."""
+    return resolved.uniform if CRITERIA[resolved.recipe.score.criterion].counts else None
+
+
+def write(folder: Path, section: ScoreSection, walked: Walked, provenance: dict[str, Any],
+          widths: Sequence[BlockWidths] | None = None) -> None:
+    """Write what later stages read of one criterion; `widths`: those that it chose for."""
     criterion = CRITERIA[section.criterion]
     tensors: dict[str, torch.Tensor] = {}
     for index, (own, influence) in enumerate(zip(walked.scores, walked.influence, strict=True)):
@@ -77,7 +85,8 @@ def write(folder: Path, section: ScoreSection, walked: Walked,
         "criterion": section.criterion, "propagation": section.propagation,
         "comparable": criterion.comparable, "one_scale": criterion.one_scale,
         "source": criterion.source,
-        "calibration": provenance, "bound_against_measured": walked.agreement})
+        "calibration": provenance, "bound_against_measured": walked.agreement,
+        **({"widths": [asdict(own) for own in widths]} if widths else {})})
 
 
 def walks(sections: Sequence[ScoreSection]) -> int:
@@ -95,27 +104,31 @@ def score_blocks(walker: BlockWalker, windows: list[torch.Tensor], recipe: Recip
                  job: Job | None = None, keep: Keep = list) -> Walked:
     """Scores and influence of every block by the recipe's criterion."""
     return score_together(walker, windows, [recipe.score], recipe.seed,
-                          job.reporter.advance if job is not None else lambda: None, keep)[0]
+                          job.reporter.advance if job is not None else lambda: None, keep,
+                          [widths_for(job.dense) if job is not None else None])[0]
 
 
 @torch.no_grad()
 def score_together(walker: BlockWalker, windows: list[torch.Tensor],
                    sections: Sequence[ScoreSection], seed: int,
-                   advance: Callable[[], None] = lambda: None, keep: Keep = list) -> list[Walked]:
+                   advance: Callable[[], None] = lambda: None, keep: Keep = list,
+                   widths: Sequence[Sequence[BlockWidths] | None] | None = None) -> list[Walked]:
     """Scores and influence of every block, for each of several criteria as if it were alone.
 
+    `widths`: by criterion those of all blocks that it is to choose for, None to rank for all.
     One walk collects the statistics of all; criteria that need gradients share one more, back.
     """
     inputs: list[Batches] = []
-    found = _forwards(walker, windows, sections, seed, advance, inputs, keep)
+    found = _forwards(walker, windows, sections, seed, advance, inputs, keep,
+                      widths or [None] * len(sections))
     if inputs:
         _backwards(walker, windows, sections, found, advance, inputs)
     return found
 
 
 def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequence[ScoreSection],
-              seed: int, advance: Callable[[], None], inputs: list[Batches], keep: Keep
-              ) -> list[Walked]:
+              seed: int, advance: Callable[[], None], inputs: list[Batches], keep: Keep,
+              chosen_for: Sequence[Sequence[BlockWidths] | None]) -> list[Walked]:
     """The walk that collects statistics. What a walk back reads goes to `inputs`, on the CPU."""
     own_needs = [CRITERIA[s.criterion].statistics(s.propagation) for s in sections]
     needs = frozenset().union(*own_needs)
@@ -130,10 +143,11 @@ def _forwards(walker: BlockWalker, windows: list[torch.Tensor], sections: Sequen
             widths.kv_heads, needs, walker.config.rms_norm_eps))
         finite.require(f"what block {index} gives and sums of it", statistics.sums.values(),
                        walker.dtype)
-        for section, own, draw, walked in zip(sections, own_needs, draws, found, strict=True):
+        for section, own, draw, walked, kept in zip(sections, own_needs, draws, found, chosen_for,
+                                                    strict=True):
             walked.influence.append(statistics.influence())
             view = BlockView(block, statistics, widths.kv_heads, widths.intermediate,
-                             section.propagation, draw)
+                             section.propagation, draw, kept=kept[index] if kept else None)
             if "gradients" not in own:
                 walked.scores.append(_scored(section, view, index, walker))
             if "measured" in own and block.has_attention:

@@ -22,10 +22,10 @@ class Stage(Row):
 
     `needs`: the artefacts that are read (see `ARTEFACTS`). `sections`: the recipe's fields that
     change the result; `curves`, `rounds` and `learned` more of them, where curves are measured,
-    where the budget is met in rounds, and where widths are learned. `timed` results hold for this
-    machine only; `libraries` are those that matter to this stage alone. `smaller`: what to change
-    where memory runs out. `rehearsal`: a function of the resolved recipe that raises InputError for
-    what would fail after the earlier stages, and is too slow for `refuses`.
+    where the budget is met in rounds or by evolution, and where widths are learned. `timed` results
+    hold for this machine only; `libraries` are those that matter to this stage alone. `smaller`:
+    what to change where memory runs out. `rehearsal`: a function of the resolved recipe that raises
+    InputError for what would fail after the earlier stages, and is too slow for `refuses`.
     """
 
     sections: tuple[str, ...]
@@ -40,7 +40,7 @@ class Stage(Row):
     def read(self, recipe: Recipe) -> dict[str, Any]:
         """The recipe's fields that change this stage's result, by their dotted names."""
         names = (*self.sections, *self.curves * recipe.prune.needs_curves,
-                 *self.rounds * (recipe.prune.rounds > 1),
+                 *self.rounds * (recipe.prune.rounds > 1 or recipe.prune.layers == "evolved"),
                  *self.learned * (recipe.prune.layers == "learned"))
         return {name: attrgetter(name)(recipe) for name in names}
 
@@ -98,8 +98,8 @@ STAGES: dict[str, Stage] = by_name(
     Stage("prune", ("dense", "score", "curves"), _prune, "bipdeploy.stages.prune:run",
           ("prune", "hardware"), rounds=("model", "calibration", "recover", "seed"),
           learned=("model", "calibration", "seed"), rehearsal="bipdeploy.stages.learned:rehearse",
-          smaller=f"{_WALKS}; with rounds, lower prune.search.windows; with layers: learned, raise "
-          "prune.learned.accumulation or lower its batch or tokens"),
+          smaller=f"{_WALKS}; with rounds or evolved, lower prune.search.windows; with layers: "
+          "learned, raise prune.learned.accumulation or lower its batch or tokens"),
     Stage("recover", ("dense", "sliced"), None, "bipdeploy.stages.recover:run",
           ("recover", "model", "calibration", "seed"), smaller=_WALKS),
     Stage("tune", ("dense", "repaired"), _tune, "bipdeploy.stages.tune:run",

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from bipdeploy.model.blocks import Block
+from bipdeploy.model.families import BlockWidths
 from bipdeploy.pruning.refit import add_product
 
 # Upper bound of |silu'|, reached near x = 2.4.
@@ -161,6 +162,7 @@ class BlockView:
     propagation: str
     generator: torch.Generator
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)  # by weight, float32
+    kept: BlockWidths | None = None  # what is to stay, where the criterion depends on that
 
     @property
     def query_heads(self) -> int:
