@@ -27,7 +27,7 @@ from typing import Any
 
 import real_models
 from bipdeploy.errors import InputError
-from bipdeploy.running import artifacts, machine
+from bipdeploy.running import artifacts
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "compare-smollm2.yaml"
 HELD_BACK = 5  # of so many documents the last is for the test
@@ -55,19 +55,20 @@ PARTS = {
     # With a fixed ridge of 0.01, as OSSCAR and ZipLM damp their Gram matrices.
     "published": Part(("wanda_sp", "flap", "taylor", "osscar", "llm_bip"),
                       ("none", "bias", "refit"), {**CHANNELS, "recover.refit.ridge": 0.01}),
-    "published-heads": Part(("flap@adaptive", "osscar", f"{JOINT}@evolved"), ("none", "refit"),
-                            {"recover.refit.ridge": 0.01}, {"flap@adaptive": ("bias",)}),
-    "uniform": Part((JOINT, "osscar", "llm_bip"), ("refit", "reselect"), CHANNELS),
-    "searched-channels": Part((SEARCHED,), ("none", "refit", "reselect"), CHANNELS),
-    "searched": Part((SEARCHED,), ("none", "refit", "reselect")),
-    "searched-queries": Part((SEARCHED,), ("none", "refit", "reselect"), BOTH),
+    "published-heads": Part(("flap@adaptive",), ("none", "bias", "refit"),
+                            {"recover.refit.ridge": 0.01}),
+    "uniform": Part((JOINT, "osscar", "llm_bip"), ("refit",), CHANNELS),
+    "searched-channels": Part((SEARCHED,), ("none", "refit"), CHANNELS),
+    "searched": Part((SEARCHED,), ("none", "refit")),
+    "searched-queries": Part((SEARCHED,), ("none", "refit"), BOTH),
     # 49k tokens instead of 16k, in windows that show what attention carries across them.
-    "searched-long": Part((SEARCHED,), ("none", "refit", "reselect"), LONG),
-    "searched-mixed": Part((SEARCHED,), ("none", "refit", "reselect"), LONG,
+    "searched-long": Part((SEARCHED,), ("none", "refit"), LONG),
+    "searched-mixed": Part((SEARCHED,), ("none", "refit"), LONG,
                            texts={"c4.jsonl": 0.5, "code.txt": 0.3, "technical.txt": 0.2}),
     "measured": Part((SEARCHED,), ("refit",), {"prune.search.propagation": "measured"}),
     "rounds": Part((SEARCHED,), ("refit",), {"prune.search.rounds": 3}),
-    "evolved": Part((f"{JOINT}@evolved",), ("refit",)),
+    # With the recipe's ridge, chosen on held-back windows; 60 generations instead of 200.
+    "evolved": Part((f"{JOINT}@evolved",), ("refit",), {"prune.search.generations": 60}),
     "learned": Part((f"{JOINT}@learned",), ("none", "refit")),
     "trained": Part((SEARCHED,), ("refit+lora", "refit+distil"), {}, {"taylor": ("lora",)}),
     **{f"windows-{count}-ridge-{ridge}": Part(
@@ -119,22 +120,28 @@ def command(name: str, asked: argparse.Namespace, place: Path) -> list[str]:
 
 
 def collected(out: Path) -> dict[str, Any]:
-    """All parts' records, by the name of the part, with what they were measured on."""
-    parts = {}
-    for name in PARTS:
+    """All parts' records, by the name of the part with its settings, and what they were measured
+    on. Raises InputError where nothing was measured, or parts on other texts or machines."""
+    parts, shared = {}, {}
+    for name, part in PARTS.items():
         path = out / name / "compare.json"
         if path.is_file():
             data = artifacts.read_json(path)
-            parts[name] = {key: data[key] for key in ("recipe", "environment", "dense", "records")}
-    return {"command": "python " + " ".join(sys.argv), "at": machine.environment()["git_commit"],
-            "parts": parts}
+            own = {key: data[key] for key in ("environment", "test", "dense")}
+            if own != (shared := shared or own):
+                raise InputError(f"{path}: measured on other texts, or elsewhere, than other parts")
+            parts[name] = {"settings": {**part.settings, "calibration.texts": part.texts},
+                           "records": data["records"]}
+    if not parts:
+        raise InputError(f"--out: no part has been measured in {out}")
+    return {**shared, "parts": parts}
 
 
 def rows(data: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows of the table: part, method, repair, ratio, ln(perplexity / dense) by text and window,
     seconds and peak memory of all stages after scoring."""
+    dense = data["dense"]["perplexity"]
     for name, part in data["parts"].items():
-        dense = part["dense"]["perplexity"]
         for record in part["records"]:
             found = [f"{record['perplexity'][text][w]['nats'] - dense[text][w]['nats']:.3f}"
                      for text in dense for w in dense[text]]
@@ -147,12 +154,10 @@ def rows(data: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """The rows as Markdown. Raises InputError where nothing was measured."""
-    if not data["parts"]:
-        raise InputError("--out: no part has been measured there")
-    first = next(iter(data["parts"].values()))["dense"]["perplexity"]
+    """The rows as Markdown; in brackets the dense model's perplexity."""
     columns = [f"{Path(text).stem} {w} ({math.exp(own['nats']):.2f})"
-               for text, windows in first.items() for w, own in windows.items()]
+               for text, windows in data["dense"]["perplexity"].items()
+               for w, own in windows.items()]
     head = ["part", "method", "repair", "ratio", "kept", *columns, "seconds", "GiB"]
     lines = [head, ["---"] * len(head), *rows(data)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -175,8 +180,8 @@ def main() -> int:
         print("\n".join(PARTS))
         return 0
     if asked.collect:
-        found = collected(asked.out)
         try:
+            found = collected(asked.out)
             print(table(found))
             artifacts.write_json(asked.collect, found)
         except InputError as error:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
 import real_tables
+from bipdeploy.errors import InputError
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.methods import method
 from bipdeploy.running import artifacts
@@ -53,14 +53,21 @@ def test_the_table_is_of_what_was_measured(tmp_path, monkeypatch):
 
     folder = tmp_path / "searched"
     folder.mkdir()
+    with pytest.raises(InputError, match="no part has been measured"):
+        real_tables.collected(tmp_path)
     artifacts.write_json(folder / "compare.json", {
-        "recipe": {}, "environment": {}, "dense": {"perplexity": of(4.0)}, "records": [{
+        "environment": {}, "test": {}, "dense": {"perplexity": of(4.0)}, "records": [{
             "method": "llm_bip_joint@searched", "repair": "refit", "ratio": 0.3, "removed": 0.25,
             "perplexity": of(4.5), "costs": {
                 "prune": {"seconds": 2.0, "peak_memory_bytes": 1 << 30},
                 "recover": {"seconds": 1.5, "peak_memory_bytes": 1 << 20,
                             "peak_gpu_memory_bytes": 3 << 30}}}]})
-    found = real_tables.collected(Path(tmp_path))
+    found = real_tables.collected(tmp_path)
     assert list(found["parts"]) == ["searched"]
     assert real_tables.table(found).splitlines()[2] == (
         "| searched | llm_bip_joint@searched | refit | 30% | 0.750 | 0.500 | 0.250 | 3.5 | 3.0 |")
+    (tmp_path / "measured").mkdir()
+    artifacts.write_json(tmp_path / "measured" / "compare.json", {
+        "environment": {}, "test": {}, "dense": {"perplexity": of(4.1)}, "records": []})
+    with pytest.raises(InputError, match="measured on other texts"):
+        real_tables.collected(tmp_path)

@@ -46,7 +46,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
         whole = out
         if copies and dtype != "float32":  # what the quantisers read
             whole = Path(place) / "float32"
-            onnx_folder.write(source, whole, style=style, dtype="float32")
+            onnx_folder.write(source, whole, dtype="float32", style=_style(job, "float32"))
         for name, copy in copies.items():
             quantize(whole, copy, name)
     question = portability.draw_question(source.architecture, job.recipe.seed, PROMPTS,
@@ -64,16 +64,19 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
 
 def style_and_dtype(job: Job) -> tuple[str, str]:
     """The recipe's style and type of the graph, with `auto` decided."""
-    section, device = job.recipe.export.onnx, device_of(job.recipe)
-    dtype, style = str(section.dtype), str(section.style)
+    device, dtype = device_of(job.recipe), str(job.recipe.export.onnx.dtype)
     if dtype == "auto":
         config = Checkpoint(job.inputs["pruned"]).config
         dtype = str(compute_dtype(job.recipe.model, config, device)).removeprefix("torch.")
         if device.type == "cuda" and dtype == "bfloat16":
             dtype = "float16"  # not every onnxruntime has all kernels for bfloat16 there
-    if style == "auto":
-        style = "std" if device.type == "cuda" and dtype == "float32" else "gqa"
-    return style, dtype
+    return _style(job, dtype), dtype
+
+
+def _style(job: Job, dtype: str) -> str:
+    """The recipe's style of a graph in a type; for `auto` the fused one where its kernel is."""
+    style, cuda = str(job.recipe.export.onnx.style), device_of(job.recipe).type == "cuda"
+    return style if style != "auto" else "std" if cuda and dtype == "float32" else "gqa"
 
 
 def verify(written: Path, question: Question, reference: Mapping[str, Any],

@@ -36,7 +36,7 @@ def not_on_cuda(style: str, dtype: str, quantized: Iterable[str | None]) -> str 
     """Why CUDA cannot run graphs of a style and type, or their quantised copies; or None."""
     if "int8_dynamic" in quantized:
         return "int8_dynamic runs on a CPU only; use int4, or a 16-bit export"
-    if style == "gqa" and dtype == "float32":
+    if style == "gqa" and (dtype == "float32" or any(quantized)):  # copies compute in float32
         return ("GroupQueryAttention has no float32 there; export float16 or bfloat16, or the "
                 "style std")
     return None
