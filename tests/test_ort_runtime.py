@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bipdeploy.errors import InputError
+from bipdeploy.exporters import onnx as onnx_exporter
 from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort import installed, session
@@ -23,6 +24,7 @@ from bipdeploy.ort.quantize import KINDS, quantize
 from bipdeploy.ort.runtime import OnnxModel
 from bipdeploy.ort.sampling import Sampling
 from bipdeploy.pipeline import preflight
+from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import resolve
 from bipdeploy.recipe.recipe import Recipe
 from tests.sliced import loaded, logits, token_windows
@@ -266,6 +268,9 @@ def test_auto_runs_on_the_cpu_what_onnxruntime_cannot_run_on_the_gpu(monkeypatch
     assert session.device_of(recipe(quantize=["int8"])).type == "cuda"
     assert session.device_of(recipe(quantize=["int8", "int8_dynamic"])).type == "cpu"
     assert session.device_of(recipe(style="gqa", dtype="float32")).type == "cpu"
+    # Quantised copies compute in float32.
+    assert session.device_of(recipe(style="gqa", dtype="float16", quantize=["int4"])).type == "cpu"
+    assert session.device_of(recipe(dtype="float16", quantize=["int4"])).type == "cuda"
 
 
 def test_a_gpu_without_an_onnxruntime_for_it_is_refused_before_a_run(monkeypatch):
@@ -313,3 +318,17 @@ def test_a_folder_may_be_moved(copy, tmp_path):
     expected = OnnxModel(copy, "cpu").generate(token_windows(1, 8), 4)
     moved = Path(shutil.move(copy, tmp_path / "elsewhere"))
     assert torch.equal(OnnxModel(moved, "cpu").generate(token_windows(1, 8), 4), expected)
+
+
+@pytest.mark.parametrize(("device", "graph", "copy"), [
+    ("cpu", ("gqa", "float32"), "gqa"), ("cuda", ("gqa", "float16"), "std")])
+def test_auto_chooses_what_the_device_has_kernels_for(monkeypatch, source, tmp_path, device, graph,
+                                                      copy):
+    """On a GPU float16 for bfloat16, and the standard operators where copies are float32."""
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    monkeypatch.setattr(onnx_exporter, "device_of", lambda _: torch.device(device))
+    job = Job(recipe(quantize=["int4"]), {"pruned": folder}, tmp_path)
+    assert onnx_exporter.style_and_dtype(job) == graph
+    assert onnx_exporter.style_of(job, "float32") == copy

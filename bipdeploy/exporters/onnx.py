@@ -46,7 +46,7 @@ def export(job: Job, out: Path) -> tuple[dict[str, float], dict[str, Any]]:
         whole = out
         if copies and dtype != "float32":  # what the quantisers read
             whole = Path(place) / "float32"
-            onnx_folder.write(source, whole, dtype="float32", style=_style(job, "float32"))
+            onnx_folder.write(source, whole, dtype="float32", style=style_of(job, "float32"))
         for name, copy in copies.items():
             quantize(whole, copy, name)
     question = portability.draw_question(source.architecture, job.recipe.seed, PROMPTS,
@@ -70,10 +70,10 @@ def style_and_dtype(job: Job) -> tuple[str, str]:
         dtype = str(compute_dtype(job.recipe.model, config, device)).removeprefix("torch.")
         if device.type == "cuda" and dtype == "bfloat16":
             dtype = "float16"  # not every onnxruntime has all kernels for bfloat16 there
-    return _style(job, dtype), dtype
+    return style_of(job, dtype), dtype
 
 
-def _style(job: Job, dtype: str) -> str:
+def style_of(job: Job, dtype: str) -> str:
     """The recipe's style of a graph in a type; for `auto` the fused one where its kernel is."""
     style, cuda = str(job.recipe.export.onnx.style), device_of(job.recipe).type == "cuda"
     return style if style != "auto" else "std" if cuda and dtype == "float32" else "gqa"
