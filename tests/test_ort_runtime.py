@@ -245,10 +245,12 @@ def test_cuda_is_never_replaced_silently(source, copy, monkeypatch, tmp_path):
     assert OnnxModel(half, "auto").device.type == "cuda"
     opened = onnxruntime.InferenceSession
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "cuda_version", "12.8", raising=False)
     monkeypatch.setattr(onnxruntime, "InferenceSession",
                         lambda path, options, providers: opened(path, options, [session.CPU]))
     refusal(lambda: session.open_session(half / MODEL, torch.device("cuda", 0)),
-            "could not start CUDAExecutionProvider")
+            "could not start CUDAExecutionProvider", "built for CUDA 12.8",
+            f"PyTorch {torch.__version__}", "install another onnxruntime-gpu")
 
 
 def recipe(device: str = "auto", **onnx) -> Recipe:

@@ -6,7 +6,10 @@ import json
 import math
 import re
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bipdeploy import api
 from bipdeploy.cli import commands as cli
 from bipdeploy.data import text, windows
-from bipdeploy.errors import InputError, StageError
+from bipdeploy.errors import BipdeployError, InputError, StageError
 from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.pipeline import pipeline
@@ -499,3 +502,43 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
     ("0,7,1", ["A"]), ("GPU-8f2", ["GPU-8f2"])])
 def test_the_gpus_are_those_that_cuda_may_use(visible, left):
     assert machine.visible_gpus(["A", "B"], visible) == left
+
+
+class FakeCuda:
+    """Stands for `torch.cuda` on a machine with two GPUs."""
+
+    def __init__(self, peaks: tuple[int, ...]):
+        self.peaks, self.calls = peaks, []
+
+    def is_initialized(self):
+        return True
+
+    def device_count(self):
+        return len(self.peaks)
+
+    def empty_cache(self):
+        self.calls.append("empty_cache")
+
+    def reset_peak_memory_stats(self, number):
+        self.calls.append(f"reset {number}")
+
+    def max_memory_allocated(self, number):
+        return self.peaks[number]
+
+
+def test_a_stage_starts_with_what_earlier_ones_left_given_back_and_its_own_peak(
+        tmp_path, monkeypatch):
+    cuda = FakeCuda((1 << 20, 3 << 20))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    machine.release_memory()
+    found = machine.PeakMemory().record()
+    assert cuda.calls == ["empty_cache", "reset 0", "reset 1"]
+    assert found["peak_gpu_memory_bytes"] == 3 << 20
+    monkeypatch.undo()
+    calls = []
+    monkeypatch.setattr(machine, "release_memory", lambda: calls.append("release"))
+    monkeypatch.setattr(machine, "PeakMemory",
+                        lambda: calls.append("peak") or SimpleNamespace(record=dict))
+    with suppress(BipdeployError):
+        pipeline.run_stage("score", SimpleNamespace(), {}, tmp_path / "score", "key", Silent())
+    assert calls == ["release", "peak"]

@@ -15,13 +15,13 @@ import torch
 from bipdeploy.errors import InputError
 from bipdeploy.measuring import onnx_bench, vllm_bench
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.model.blocks import release_memory
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.ort import folder as onnx_folder
 from bipdeploy.ort import installed, session
 from bipdeploy.ort.runtime import OnnxModel
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe import file as recipe_file
+from bipdeploy.running.machine import release_memory
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving import server
 from speed.cases import GIB, Case, Sizes

@@ -275,6 +275,7 @@ def _tuned(wanted: Plan, cell: Cell, recipe: Recipe, made: Path, costs: dict[str
 @contextmanager
 def _metered(costs: dict[str, Cost], name: str) -> Iterator[None]:
     """Note what a stage takes."""
+    machine.release_memory()
     memory, began = machine.PeakMemory(), time.monotonic()
     yield
     costs[name] = {"seconds": round(time.monotonic() - began, 3), **memory.record()}

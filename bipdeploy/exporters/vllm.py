@@ -10,7 +10,7 @@ import torch
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.exporters import portability
 from bipdeploy.model import routes
-from bipdeploy.model.blocks import compute_device, release_memory
+from bipdeploy.model.blocks import compute_device
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.families import Architecture
 from bipdeploy.model.folder import add_code, copy_checkpoint, require_own_code
@@ -18,6 +18,7 @@ from bipdeploy.model.formats import ZERO_ATTENTION, is_per_block, vllm_config
 from bipdeploy.model.routes import ROUTES
 from bipdeploy.planning.job import Job
 from bipdeploy.reporting.card import model_card
+from bipdeploy.running.machine import release_memory
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving.engine import Engine
 

@@ -15,11 +15,12 @@ from bipdeploy.errors import StageError, says_no_memory
 from bipdeploy.measuring.table import refuse_torch
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.model import loading
-from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
+from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.checkpoint import read_config
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.bench import OnnxBench, TorchBench
 from bipdeploy.recipe.figures import compared
+from bipdeploy.running.machine import release_memory
 
 if TYPE_CHECKING:
     import torch

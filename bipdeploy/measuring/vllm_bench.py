@@ -13,11 +13,12 @@ from typing import Any
 
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
-from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
+from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.families import Architecture
 from bipdeploy.planning.job import Job
 from bipdeploy.recipe.figures import VLLM_PERCENTILES as PERCENTILES
 from bipdeploy.recipe.figures import compared, load_points
+from bipdeploy.running.machine import release_memory
 from bipdeploy.serving import engine as engines
 from bipdeploy.serving import server
 from bipdeploy.serving.engine import Engine

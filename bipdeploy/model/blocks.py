@@ -8,7 +8,6 @@ D hidden size, H query heads times head_dim, F FFN channels.
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,15 +45,6 @@ def all_devices(device: torch.device) -> list[torch.device]:
     if device.type != "cuda":
         return [device]
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-
-
-def release_memory() -> None:
-    """Give back the GPU memory that earlier stages left cached: another process needs it."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def compute_dtype(section: ModelSection, config: Mapping[str, Any],

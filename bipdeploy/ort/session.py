@@ -97,23 +97,32 @@ def open_session(path: Path, device: torch.device, threads: int | None = None) -
     if device.type == "cuda":
         ort.preload_dlls()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    providers = [CUDA, CPU] if device.type == "cuda" else [CPU]
+    # As much of the GPU's memory as is asked for; by default the arena doubles.
+    providers: list[Any] = [(CUDA, {"arena_extend_strategy": "kSameAsRequested"}), CPU]
+    if device.type != "cuda":
+        providers = [CPU]
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its exceptions have no common class
         raise InputError(f"{path}: onnxruntime {ort.__version__} does not run this graph on "
                          f"{device.type}: {_cause(error)}; install a newer onnxruntime, or export "
                          "another style or type") from error
-    if providers[0] not in session.get_providers():
-        raise InputError(f"onnxruntime {ort.__version__} could not start {CUDA} (its CUDA or cuDNN "
-                         "libraries do not load); install the CUDA version that it names, or use "
-                         "device cpu")
+    if device.type == "cuda" and CUDA not in session.get_providers():
+        raise InputError(f"onnxruntime {ort.__version__}, built for CUDA {built_for(ort)}, could "
+                         f"not start {CUDA} beside PyTorch {torch.__version__}, built for CUDA "
+                         f"{torch.version.cuda}: the first numbers of both have to be the same; "
+                         "install another onnxruntime-gpu, or use device cpu")
     if device.type == "cuda":
         stray = heavy_on(session, CPU)
         if stray:
             raise InputError(f"{path}: onnxruntime {ort.__version__} has no CUDA kernel for "
                              f"{', '.join(stray)}; install a newer one, or use device cpu")
     return session
+
+
+def built_for(library: Any) -> str:
+    """The version of CUDA that an onnxruntime is built for."""
+    return str(getattr(library, "cuda_version", None) or "(unknown version)")
 
 
 def heavy_on(session: Any, provider: str) -> list[str]:

@@ -213,6 +213,7 @@ def run_stage(name: str, recipe: Recipe, inputs: Mapping[str, Path], out: Path, 
     `made`: the keys that folders of earlier stages have to have, before and after. Raises
     StageError where one has not: what was read is then of two runs.
     """
+    machine.release_memory()
     memory, began = machine.PeakMemory(), time.time()
     with artifacts.writing(out) as partial:
         for folder, own in (made or {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -150,6 +151,14 @@ def _gpus_in_use() -> range:
     """The numbers of the GPUs, where this process works on them. Loads no torch."""
     torch = sys.modules.get("torch")
     return range(torch.cuda.device_count() if torch and torch.cuda.is_initialized() else 0)
+
+
+def release_memory() -> None:
+    """Give back the GPU memory that earlier stages left cached: the next one, or another process,
+    needs it. Loads no torch."""
+    if _gpus_in_use():
+        gc.collect()
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def quiet_libraries() -> None:

@@ -20,7 +20,7 @@ import torch
 from bipdeploy.data.calibration import calibration_windows
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.model import cost, loading, sources
-from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
+from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.families import BlockWidths
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
@@ -94,7 +94,7 @@ def learned(job: Job, scores: Sequence[BlockScores], *, comparable: bool) -> Lea
     state = learner.run(job.reporter)
     widths, masks = learner.projected(state.best)
     del learner, model
-    release_memory()
+    machine.release_memory()
     by_block: list[dict[str, torch.Tensor]] = [{} for _ in arch.blocks]
     for part in task.places:
         by_block[part.block][part.part] = columns(

@@ -14,7 +14,7 @@ from bipdeploy.data.calibration import training_split
 from bipdeploy.data.windows import require_known, token_ids, tokenizer, written
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.model import loading, sources
-from bipdeploy.model.blocks import compute_device, release_memory
+from bipdeploy.model.blocks import compute_device
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.planning.job import Job
 from bipdeploy.planning.resolved import Resolved
@@ -52,12 +52,12 @@ def run(job: Job) -> None:
     if fault:
         job.reporter.note(f"the checkpoint of an earlier run is not used: {fault}")
         checkpoints.discard(task.checkpoint)
-    release_memory()  # the first training process takes this one's GPU
+    machine.release_memory()  # the first training process takes this one's GPU
     if section.processes == 1:
         state = training.train(task, device, job.reporter)
     else:
         state = launch.train(task, device, job.reporter)
-    release_memory()
+    machine.release_memory()
     figures = finish(job, source, task, state, device)
     if state.best_step == 0:
         job.reporter.note("no step lowered the validation loss: the model is left as it was")

@@ -8,9 +8,10 @@ from bipdeploy.data import text, windows
 from bipdeploy.data.calibration import test_split
 from bipdeploy.measuring.perplexity import forward_of, perplexity
 from bipdeploy.model import loading
-from bipdeploy.model.blocks import compute_device, compute_dtype, release_memory
+from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.running import artifacts
+from bipdeploy.running.machine import release_memory
 from bipdeploy.stages.evaluate import window_tokens
 from bipdeploy.sweeping import sharing
 
