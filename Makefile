@@ -1,7 +1,7 @@
 # make quickstart   set up, then prune, prove and report on the built-in model
 # make test         set up with vLLM, then run all tests
 # make test-fast    set up, then run the tests that take seconds
-# make real         set up, then prune a real model of 135M parameters: no hub, 10 minutes
+# make real         set up, then prune a real model of 135M parameters: no hub, 15 minutes
 # make test-real    set up with vLLM, then the tests with real models, which `make test` leaves out
 # make vllm         set up with vLLM: the CUDA build where there is an NVIDIA GPU, else the CPU build
 # make lint         style and types

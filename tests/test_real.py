@@ -24,7 +24,8 @@ from tests.running import RECIPES
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 CPU = torch.device("cpu")
-LITTLE = ["calibration.samples=32", "calibration.tokens=64", "evaluate.perplexity.windows=[128]",
+LITTLE = ["prune.layers=uniform", "prune.heads=false", "calibration.samples=32",
+          "calibration.tokens=64", "evaluate.perplexity.windows=[128]",
           "evaluate.perplexity.max_tokens=2048", "evaluate.zero_shot.limit=5", "gates={}",
           "export.vllm.enabled=true", "export.vllm.prompts=2", "export.vllm.new_tokens=8",
           "bench.torch.enabled=false", "bench.onnx.enabled=false"]
