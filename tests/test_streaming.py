@@ -20,10 +20,11 @@ from bipdeploy import api
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.model import checkpoint
 from bipdeploy.model.activations import Spilled, keeping, replace
-from bipdeploy.model.blocks import BlockWalker
+from bipdeploy.model.blocks import BlockWalker, devices_of
 from bipdeploy.model.checkpoint import SINGLE, Checkpoint
 from bipdeploy.pruning.criteria.statistics import Statistics
 from bipdeploy.pruning.criteria.table import CRITERIA
+from bipdeploy.recipe.model import ModelSection
 from bipdeploy.running import machine
 from bipdeploy.stages.score import score_blocks
 from tests.running import ROOT
@@ -136,6 +137,20 @@ def test_windows_shared_out_to_devices_give_the_statistics_of_one(tiny, tmp_path
     for a, b in zip(*(walked.scores for walked in rounded), strict=True):
         torch.testing.assert_close(a.heads, b.heads, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a.ffn, b.ffn, rtol=1e-5, atol=1e-6)
+
+
+def test_other_gpus_are_left_alone_unless_the_recipe_asks_for_them(monkeypatch):
+    def given(**settings) -> list[str]:
+        return list(map(str, devices_of(ModelSection(id="m", **settings))))
+
+    assert given(device="cpu") == ["cpu"]
+    with pytest.raises(InputError, match=r"model\.devices: 2 .* runs on the CPU"):
+        given(device="cpu", devices=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert given() == ["cuda:0"] and given(devices=3) == ["cuda:0", "cuda:1", "cuda:2"]
+    with pytest.raises(InputError, match=r"model\.devices: 5 .* CUDA shows 4"):
+        given(devices=5)
 
 
 # What is held at once

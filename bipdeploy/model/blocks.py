@@ -38,13 +38,18 @@ def compute_device(section: ModelSection) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def all_devices(device: torch.device) -> list[torch.device]:
-    """Every GPU that this process sees where `device` is one, else the device alone."""
+def devices_of(section: ModelSection) -> list[torch.device]:
+    """The devices that scoring may use. Raises InputError where there are not as many as the recipe
+    asks for."""
     import torch
 
-    if device.type != "cuda":
-        return [device]
-    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    device, count = compute_device(section), section.devices
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count > there:
+        raise InputError(f"model.devices: {count} are asked for, and here "
+                         + (f"CUDA shows {there}" if device.type == "cuda" else
+                            "the model runs on the CPU") + "; lower it")
+    return [torch.device("cuda", n) for n in range(count)] if device.type == "cuda" else [device]
 
 
 def compute_dtype(section: ModelSection, config: Mapping[str, Any],
@@ -156,7 +161,7 @@ class BlockWalker:
     def __init__(self, source: Path | Checkpoint, section: ModelSection):
         import torch
 
-        self.devices = all_devices(compute_device(section))
+        self.devices = devices_of(section)
         self.device = self.devices[0]
         self.checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
         self.architecture = self.checkpoint.architecture

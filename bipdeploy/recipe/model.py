@@ -50,6 +50,9 @@ class ModelSection(Section):
         "a CPU. Statistics are kept in float32 or float64 either way.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto` takes a CUDA GPU where there is one.")
+    devices: PositiveInt = Field(
+        1, description="GPUs that scoring shares its windows out to, the first that CUDA shows. "
+        "The others are left alone. Where widths are chosen jointly one GPU does most of the work.")
     trust_remote_code: bool = Field(
         False, description="Run Python code that the checkpoint ships. Off unless you say so.")
     dequantize: bool = Field(
