@@ -20,6 +20,8 @@ from bipdeploy.model import formats, routes
 from bipdeploy.model.checkpoint import Checkpoint
 from bipdeploy.model.families import architecture
 from bipdeploy.model.routes import ROUTES, Route
+from bipdeploy.planning.job import Job
+from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.reporting import portability as shown
 from bipdeploy.serving import engine as engines
 from tests.sliced import (
@@ -168,6 +170,20 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_cause(tmp_path):
                                 portability.reference(sliced, asked), None)
     assert result["status"] == "failed"
     assert formats.CODE_FILE in result["why"]
+
+
+@pytest.mark.parametrize(("device", "asked", "compared"), [
+    ("cpu", "auto", "float32"), ("cuda", "auto", "bfloat16"), ("cuda", "float32", "float32"),
+    ("cpu", "float16", "float16")])
+def test_the_type_of_the_comparison_follows_the_device(tmp_path, monkeypatch, device, asked,
+                                                       compared):
+    """On a GPU float32 may be TF32 in vLLM's kernels, and then its tokens differ for no fault."""
+    folder = tiny_model(tmp_path / "m", dtype=torch.bfloat16)
+    monkeypatch.setattr(target, "compute_device", lambda _: torch.device(device))
+    recipe = Recipe.model_validate({
+        "name": "r", "model": {"id": str(folder)}, "calibration": {"data": "builtin:pydocs"},
+        "prune": {"ratio": 0.3}, "export": {"vllm": {"dtype": asked}}})
+    assert target.compared_in(Job(recipe, {}, tmp_path), Checkpoint(folder)) == compared
 
 
 def test_routes_that_do_not_apply_say_why():

@@ -10,7 +10,7 @@ import torch
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.exporters import portability
 from bipdeploy.model import routes
-from bipdeploy.model.blocks import compute_device
+from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.checkpoint import Checkpoint, CheckpointWriter
 from bipdeploy.model.families import Architecture
 from bipdeploy.model.folder import add_code, copy_checkpoint, require_own_code
@@ -89,12 +89,22 @@ def zero_attention(arch: Architecture, heads: int, dtype: torch.dtype) -> dict[s
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+def compared_in(job: Job, source: Checkpoint) -> str:
+    """The recipe's type of the comparison, with `auto` decided."""
+    model, device = job.recipe.model, compute_device(job.recipe.model)
+    if job.recipe.export.vllm.dtype != "auto":
+        return str(job.recipe.export.vllm.dtype)
+    if device.type == "cpu":
+        return "float32"
+    return str(compute_dtype(model, source.config, device)).removeprefix("torch.")
+
+
 def verify_all(job: Job, source: Checkpoint, out: Path, per_block: bool) -> dict[str, Any]:
     """The result of every route, in the order of the table."""
     release_memory()
     section, arch = job.recipe.export.vllm, source.architecture
     question = portability.draw_question(arch, job.recipe.seed, section.prompts,
-                                         section.new_tokens, section.dtype,
+                                         section.new_tokens, compared_in(job, source),
                                          str(compute_device(job.recipe.model)))
     reference = portability.reference(source.folder, question)
     engine, missing = _engine(arch)

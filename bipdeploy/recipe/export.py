@@ -22,9 +22,11 @@ class VllmExport(Section):
     prompts: PositiveInt = Field(4, description="Prompts of random tokens that every engine "
                                  "continues; lengths differ.")
     new_tokens: PositiveInt = Field(16, description="Tokens that are generated for each, greedily.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of the comparison. In float32 the tokens must be equal; in 16 "
-        "bits only the log-probabilities are judged, since rounding turns greedy choices.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the comparison. In float32 the tokens must be equal; in 16 "
+        "bits only the log-probabilities are judged, since rounding turns greedy choices. `auto`: "
+        "float32 on a CPU; on a GPU what the recipe computes in, since kernels there may round "
+        "float32 to TF32.")
 
 
 class OnnxExport(Section):
