@@ -210,7 +210,7 @@ def test_a_plan_shows_the_search_in_a_row_of_its_own(tiny, tmp_path):
     def rows(*settings: str) -> dict[str, footprint.Stage]:
         resolved = resolve(recipe(tiny, tmp_path, *settings))
         sized = footprint.sizes(resolved, resolved.exported(resolved.uniform))
-        return footprint.stages(sized, 1e9, 1e9)
+        return footprint.stages(sized, {"flops": 1e9, "bandwidth": 1e9})
 
     searched, uniform = rows(), rows("prune.layers=uniform")
     assert list(searched)[:3] == ["score", "curves", "prune"]

@@ -408,7 +408,7 @@ def test_a_plan_s_time_and_memory_grow_with_what_is_trained():
     def prune(*settings: str) -> footprint.Stage:
         resolved = resolve(recipe(*settings))
         sized = footprint.sizes(resolved, resolved.exported(resolved.uniform))
-        return footprint.stages(sized, 1e12, 1e11)["prune"]
+        return footprint.stages(sized, {"flops": 1e12, "bandwidth": 1e11})["prune"]
 
     base, more = prune(), prune("prune.learned.steps=4000", "prune.learned.accumulation=1")
     assert more.seconds > 5 * base.seconds and more.memory > base.memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bipdeploy.planning import footprint, outlook
+from bipdeploy.planning import footprint, gpus, outlook
 from bipdeploy.planning.resolved import Resolved, resolve
 from bipdeploy.recipe import file
 from bipdeploy.recipe.recipe import Recipe
@@ -66,3 +66,19 @@ def test_a_small_model_is_not_even_measured(monkeypatch):
 def test_the_cheaper_setting_fits_the_recipe(stage, settings, named):
     assert named in outlook.cheaper(stage, recipe(*settings))
     assert all(name in STAGES for name in ("score", "prune", "recover", "tune", "evaluate"))
+
+
+def test_systems_are_priced_in_float64_and_sums_in_float32():
+    resolved = resolved_7b("score.criterion=llm_bip_joint")
+    sized = footprint.sizes(resolved, resolved.exported(resolved.uniform))
+    tokens = resolved.recipe.calibration.windows * resolved.recipe.calibration.tokens
+    cubes = sum(2 * size ** 3 for size in (4096, 11008)) * 32
+    squares = sum(2 * tokens * size ** 2 for size in (4096, 11008)) * 32
+
+    def score(**rates: float) -> float:
+        return footprint.seconds(sized, 1e15, 1e15, **rates)["score"]
+
+    assert score(double=1e15 / 64) - score() == pytest.approx(63 * cubes / 1e15)
+    assert score(single=1e15 / 16) - score() == pytest.approx(15 * squares / 1e15)
+    for gpu in gpus.GPUS.values():
+        assert gpu.double <= gpu.single <= gpu.flops

@@ -216,8 +216,13 @@ def _passes(s: Sizes, tune: TuneSection) -> float:
     return 3 * of(s.pruned) + of(s.dense) * tune.taught
 
 
-def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]:
-    """Time of each stage over a roofline: FLOP/s and bytes/s. Lower bounds, loading left out."""
+def seconds(s: Sizes, flops: float, bandwidth: float, single: float | None = None,
+            double: float | None = None) -> dict[str, float | None]:
+    """Time of each stage over a roofline: FLOP/s and bytes/s. Lower bounds, loading left out.
+
+    `single` and `double`: FLOP/s in float32, which sums over tokens are made in, and in float64,
+    which systems are solved in; both `flops` where they are not given.
+    """
     recipe, arch, value = s.recipe, s.dense, s.computed
     calibration = recipe.calibration
     tokens = calibration.windows * calibration.tokens
@@ -227,6 +232,10 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     def roof(work: float, moved: float) -> float:
         return max(work / flops, moved / bandwidth)
 
+    def weighed(grams: float, solves: float) -> float:
+        """As many FLOPs of the fast kind as take the same time."""
+        return grams * flops / (single or flops) + solves * flops / (double or flops)
+
     scoring = passes
     if recipe.score.propagation == "measured":
         scoring += sum(w.kv_heads * 6 * tokens * arch.hidden * w.intermediate for w in arch.blocks)
@@ -234,14 +243,14 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     if "gradients" in needs:
         scoring += 3 * passes
     if "outer" in needs:  # the sums, their inverse, and the rounds
-        scoring += sum(2 * tokens * size ** 2 + 2 * size ** 3 for w in arch.blocks
+        scoring += sum(weighed(2 * tokens * size ** 2, 2 * size ** 3) for w in arch.blocks
                        for size in (w.heads * arch.head_dim, w.intermediate))
     searching = learning = evolving = 0.0
     if recipe.prune.needs_curves or recipe.prune.layers in SEARCHED:
         search = recipe.prune.search
         points, share = search.points, judged(recipe)
-        solving = sum(2 * tokens * size ** 2 + points * 2 * size ** 3 / 3 for w in arch.blocks
-                      for size in (w.heads * arch.head_dim, w.intermediate))
+        solving = sum(weighed(2 * tokens * size ** 2, points * 2 * size ** 3 / 3)
+                      for w in arch.blocks for size in (w.heads * arch.head_dim, w.intermediate))
         if recipe.prune.layers == "evolved":
             # Of a generation all offspring see an eighth, a quarter a half, an eighth all windows;
             # the dense model's distributions are made again from its last hidden states.
@@ -256,7 +265,8 @@ def seconds(s: Sizes, flops: float, bandwidth: float) -> dict[str, float | None]
     pruned = calibration.windows * cost.flops(s.pruned, calibration.tokens).whole(s.pruned.blocks)
     # The sums, and a solution for every ridge that is tried.
     solutions = 1 + len(RIDGES) * (recipe.recover.refit.ridge == "auto")
-    refit = sum(2 * tokens * size * size + solutions * 2 * size ** 2 * (size / 3 + arch.hidden)
+    refit = sum(weighed(2 * tokens * size * size,
+                        solutions * 2 * size ** 2 * (size / 3 + arch.hidden))
                 for w in s.pruned.blocks for size in (w.heads * arch.head_dim, w.intermediate))
     # Once through the dense block, and thrice through the pruned one.
     repairing = (passes + 3 * pruned + refit) * (recipe.recover.method != "none")
@@ -302,9 +312,9 @@ def roofline(arch: Architecture, value: int, batch: int, context: int, flops: fl
                        moved[phase] / bandwidth) for phase, spent in work.items()}
 
 
-def stages(s: Sizes, flops: float, bandwidth: float) -> dict[str, Stage]:
-    """All three estimates of every stage."""
-    written, held, taken = writes(s), memory(s), seconds(s, flops, bandwidth)
+def stages(s: Sizes, rates: Mapping[str, float]) -> dict[str, Stage]:
+    """All three estimates of every stage; `rates`: those that `seconds` takes."""
+    written, held, taken = writes(s), memory(s), seconds(s, **rates)
     return {name: Stage(written[name], held[name], taken[name]) for name in written}
 
 

@@ -98,10 +98,11 @@ def make(resolved: Resolved, made: Sequence[BlockWidths] | None, folder: Path) -
     context = bench.prompt_tokens + bench.new_tokens
     costs = {name: {"dense": spent(arch), "pruned": spent(after)} for name, spent in _costs(
         sized.stored, bench.batch, bench.prompt_tokens, context).items()}
-    machine: dict[str, Any] = ({"name": f"{gpu.name}, roofline", "flops": gpu.flops,
-                                "bandwidth": gpu.bandwidth} if gpu else
-                               {"name": "this CPU, measured for a second", **cpu_peak.measured()})
-    stages = footprint.stages(sized, machine["flops"], machine["bandwidth"])
+    rates = ({name: getattr(gpu, name) for name in ("flops", "bandwidth", "single", "double")}
+             if gpu else cpu_peak.measured())
+    machine: dict[str, Any] = {"name": f"{gpu.name}, roofline" if gpu else
+                               "this CPU, measured for a second", **rates}
+    stages = footprint.stages(sized, rates)
     needed, free = footprint.space({n: s.writes for n, s in stages.items()}, list(stages), folder)
     return Plan(
         recipe.name, recipe.model.id, _ratio(resolved, pruned), recipe.prune.layers,
