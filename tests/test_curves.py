@@ -20,6 +20,7 @@ from bipdeploy.pruning.kept import BlockScores
 from bipdeploy.pruning.search import Curve
 from bipdeploy.pruning.sensitivity import weighted
 from bipdeploy.recipe import file
+from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts
 from bipdeploy.stages import curves as measuring
 from bipdeploy.sweeping import command, running, trials
@@ -262,3 +263,17 @@ def test_a_global_ranking_is_weighed_by_curves_where_that_is_asked_for(
 def test_weights_are_known_by_name(tiny, tmp_path):
     with pytest.raises(InputError, match=r"prune\.global_weights: .*'none' or 'sensitivity'"):
         recipe(tiny, tmp_path, "prune.global_weights=fisher")
+
+
+@pytest.mark.parametrize("prune", [
+    {"layers": "searched"}, {"layers": "evolved"},
+    {"layers": "global", "global_weights": "sensitivity"}])
+def test_curves_need_windows_that_their_refits_have_not_seen(prune):
+    def recipe(samples: int) -> Recipe:
+        return Recipe.model_validate({
+            "name": "r", "model": {"id": "builtin:pico"}, "prune": {"ratio": 0.3, **prune},
+            "calibration": {"data": "builtin:pydocs", "samples": samples}})
+
+    assert recipe(3).recover.refit.ridge == "auto"
+    with pytest.raises(ValueError, match=r"calibration\.samples is 2; give at least 3"):
+        recipe(2)

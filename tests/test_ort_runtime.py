@@ -281,6 +281,8 @@ def test_a_gpu_without_an_onnxruntime_for_it_is_refused_before_a_run(monkeypatch
     refusal(lambda: preflight.refuse(wanted), "model.device: cuda", "built for the CPU",
             "bipdeploy[onnx-gpu]")
     preflight.refuse(wanted, here=False)  # a plan for another machine
+    refusal(lambda: preflight.refuse(resolve(recipe(dtype="bfloat16"))),
+            "export.onnx.dtype", "no bfloat16 on a CPU")
     preflight.refuse(resolve(recipe()))
     refusal(lambda: preflight.refuse(resolve(recipe("cuda", quantize=["int8_dynamic"])),
                                      here=False), "export.onnx", "int8_dynamic")

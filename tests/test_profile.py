@@ -13,7 +13,8 @@ import torch
 from bipdeploy import api
 from bipdeploy.errors import InputError, StageError
 from bipdeploy.measuring import profile
-from bipdeploy.measuring.graphs import RecordedDecoder
+from bipdeploy.measuring.graphs import RecordedDecoder, recordable
+from bipdeploy.measuring.torch_bench import how
 from bipdeploy.model.checkpoint import read_config
 from bipdeploy.model.families import BlockWidths, architecture
 from bipdeploy.planning import latency
@@ -186,3 +187,13 @@ def test_decoding_with_a_static_cache_gives_the_tokens_of_generate(tmp_path, wid
     decoder = RecordedDecoder(model, ids, 6)
     assert decoder.tokens() == told[:, 1:].tolist() == decoder.tokens()
     assert decoder.seconds() > 0
+
+
+def test_a_step_is_recorded_only_where_no_window_is_outgrown(tmp_path):
+    model = loaded(tiny_model(tmp_path / "m", "mistral", sliding_window=12))
+    assert recordable(model, 12) and not recordable(model, 13)
+    ids = token_windows(2, 5)
+    told = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)[:, 5:]
+    decoder = RecordedDecoder(model, ids, 7)
+    assert decoder.tokens() == told[:, 1:].tolist() == decoder.tokens()
+    assert how({"decode": [], "decode_eager": []}) != how({"decode": []}) == "eager"

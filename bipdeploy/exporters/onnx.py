@@ -68,8 +68,9 @@ def style_and_dtype(job: Job) -> tuple[str, str]:
     if dtype == "auto":
         config = Checkpoint(job.inputs["pruned"]).config
         dtype = str(compute_dtype(job.recipe.model, config, device)).removeprefix("torch.")
-        if device.type == "cuda" and dtype == "bfloat16":
-            dtype = "float16"  # not every onnxruntime has all kernels for bfloat16 there
+        fused = job.recipe.export.onnx.style == "gqa"
+        if device.type == "cuda" and (dtype == "bfloat16" or (dtype == "float32" and fused)):
+            dtype = "float16"  # not every onnxruntime has all kernels for the others there
     return style_of(job, dtype), dtype
 
 

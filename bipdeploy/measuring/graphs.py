@@ -15,6 +15,15 @@ import torch
 WARMUP_STEPS = 3  # before recording: libraries choose kernels and allocate their workspaces
 
 
+def recordable(model: Any, tokens: int) -> bool:
+    """Whether a step can be recorded: what is done to a cache must not change on the way, as it
+    does in a layer with a window where the text outgrows that."""
+    from transformers import StaticCache
+
+    cache: Any = StaticCache(config=model.config, max_cache_len=tokens)
+    return all(layer.max_cache_len >= tokens for layer in cache.layers)
+
+
 class RecordedDecoder:
     """Greedy decoding behind a prompt, with the step recorded once and replayed.
 
@@ -56,6 +65,8 @@ class RecordedDecoder:
         for layer in self._cache.layers:
             if layer.is_initialized:  # a removed attention keeps nothing
                 layer.cumulative_length.fill_(self._prompt)
+                if layer.is_sliding:
+                    layer.cumulative_length_int = self._prompt
         self._token.copy_(self._first)
 
     @torch.inference_mode()

@@ -79,6 +79,10 @@ def forward_of(model: Any) -> Forward:
     size = slice_tokens(model.config.vocab_size)
 
     def forward(ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        if type(model).__module__.startswith("transformers_modules"):
+            # A checkpoint's own code: what it does between states and logits is not known.
+            yield from model(ids.to(device), use_cache=False).logits
+            return
         states = model.base_model(ids.to(device), use_cache=False).last_hidden_state
         yield from map(model.get_output_embeddings(), states.flatten(0, 1).split(size))
 

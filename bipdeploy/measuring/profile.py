@@ -23,7 +23,7 @@ import torch
 
 from bipdeploy.errors import InputError
 from bipdeploy.measuring.timing import Spread, interleaved
-from bipdeploy.measuring.torch_bench import EAGER, GRAPHS, generation
+from bipdeploy.measuring.torch_bench import generation, how
 from bipdeploy.model import loading
 from bipdeploy.model.blocks import compute_device, compute_dtype
 from bipdeploy.model.families import Architecture, BlockWidths
@@ -91,7 +91,7 @@ def measure(key: dict[str, Any], config: Mapping[str, Any], arch: Architecture,
               for phase in latency.PHASES}
     return Table(json.loads(json.dumps(key)), phases, depth, ROUNDS, round(time.time() - began, 1),
                  {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads(),
-                  "clock": clock.__name__, "decode": GRAPHS if device.type == "cuda" else EAGER,
+                  "clock": clock.__name__, "decode": how(times["dense"]),
                   "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                   "environment": machine.environment()})
 

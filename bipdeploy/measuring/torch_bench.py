@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     import torch
 
 GRAPHS, EAGER = "CUDA graph of a step, static cache; decode_eager: without", "eager"
+
+
+def how(times: Mapping[str, object]) -> str:
+    """How decoding was timed, in words."""
+    return GRAPHS if "decode_eager" in times else EAGER
 
 
 def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
@@ -49,7 +54,7 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
     del models, runs
     release_memory()  # the processes that measure memory take the same GPU
     figures, details = summarise(times, section)
-    details["decode"] = GRAPHS if device.type == "cuda" else EAGER
+    details["decode"] = how(times["dense"])
     details |= {"device": str(device), "dtype": str(dtype), "threads": torch.get_num_threads()}
     if section.memory:
         peaks = {}
@@ -66,16 +71,20 @@ def run(job: Job) -> tuple[dict[str, float], dict[str, Any]]:
 def generation(model: torch.nn.Module, ids: torch.Tensor, new_tokens: int,
                clock: Callable[[], float] = time.perf_counter) -> Callable[[], dict[str, float]]:
     """What measures one generation as `generate` does. On CUDA, `decode` is of a recorded step,
-    and what `generate` finds is called `decode_eager`."""
+    and what `generate` finds is called `decode_eager`; a step that cannot be recorded stays eager.
+    """
     run = partial(generate, model, ids, new_tokens, clock)
     if ids.device.type != "cuda":
         return run
-    from bipdeploy.measuring.graphs import RecordedDecoder
+    from bipdeploy.measuring.graphs import RecordedDecoder, recordable
 
-    recorded = RecordedDecoder(model, ids, new_tokens - 1)
+    if not recordable(model, ids.shape[1] + new_tokens - 1):
+        return run
 
     def both() -> dict[str, float]:
         times = run()
+        # Recorded in its turn, so that no other model's cache and graph are in memory meanwhile.
+        recorded = RecordedDecoder(model, ids, new_tokens - 1)
         return {**times, "decode": recorded.seconds(), "decode_eager": times["decode"]}
 
     return both

@@ -21,15 +21,19 @@ def require(*packages: str) -> None:
                              "CPU, 'bipdeploy[onnx-gpu]' for an NVIDIA GPU (one of them only)")
 
 
-def require_for(device: str) -> None:
+def require_for(device: str, dtype: str) -> None:
     """Raise InputError where a recipe asks for CUDA, there is a GPU, and onnxruntime is built for
-    the CPU. A GPU that is missing is PyTorch's to report."""
-    if device == "cuda" and hardware()["gpus"]:
-        import onnxruntime
+    the CPU; and where bfloat16 is asked for, and graphs would run on a CPU. A GPU that is missing
+    is PyTorch's to report."""
+    import onnxruntime
 
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise InputError(f"model.device: cuda was asked for, export.onnx runs there too, and "
-                             f"{ON_CPU_ONLY}")
+    built = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if device == "cuda" and hardware()["gpus"] and not built:
+        raise InputError(f"model.device: cuda was asked for, export.onnx runs there too, and "
+                         f"{ON_CPU_ONLY}")
+    if device == "auto" and dtype == "bfloat16" and not (built and hardware()["gpus"]):
+        raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, where graphs "
+                         "run on this machine; use auto, float32 or float16")
 
 
 def not_on_cuda(style: str, dtype: str, quantized: Iterable[str | None]) -> str | None:

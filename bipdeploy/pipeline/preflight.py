@@ -46,7 +46,7 @@ def refuse(resolved: Resolved, *, here: bool = True) -> None:
             if getattr(recipe.export, name).enabled:
                 installed.require(*exporter.needs)
         if recipe.export.onnx.enabled:
-            installed.require_for(recipe.model.device)
+            installed.require_for(recipe.model.device, recipe.export.onnx.dtype)
 
 
 def _rows(recipe: Recipe) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from bipdeploy.model.families import Architecture, Heads, Width
 from bipdeploy.recipe.model import ModelSection
 from bipdeploy.running import artifacts, machine
 
-FORMAT = 1  # of the table, and of how it is measured
+FORMAT = 2  # of the table, and of how it is measured
 PHASES = ("prefill", "decode")
 
 

@@ -39,7 +39,8 @@ class OnnxExport(Section):
         "float32 runs on a GPU, which has no such kernel.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Type of the weights. `auto`: what the recipe computes in, and float16 "
-        "for bfloat16 on a GPU, where not every onnxruntime has all kernels of bfloat16.")
+        "on a GPU for bfloat16, and for float32 with the style gqa: not every onnxruntime has all "
+        "kernels for these there.")
     quantize: list[Literal["int8_dynamic", "int8", "int4"]] = Field(
         [], description="Quantised copies beside it, by ONNX Runtime's own quantisers, each "
         "measured on its own: `int8` and `int4` store weights so, `int8_dynamic` computes in "

@@ -57,7 +57,8 @@ class Recipe(Section):
         if chosen and samples < 2:
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
                              "calibration.samples is 1; raise it, or give a number")
-        if self.prune.layers in SEARCHED and samples < 2 + chosen:
+        tried = self.prune.layers in SEARCHED or self.prune.needs_curves
+        if tried and samples < 2 + chosen:
             raise ValueError(f"prune.layers: {self.prune.layers} judges refits by calibration "
                              "windows that they have not seen, and calibration.samples is "
                              f"{samples}; give at least {2 + chosen}")

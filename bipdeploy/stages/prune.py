@@ -34,9 +34,9 @@ def run(job: Job) -> None:
     scores = read_scores(job.inputs["score"])
     require_scores(job, scores)
     summary = artifacts.read_json(job.inputs["score"] / SUMMARY)
-    _require_widths(job, summary)
     dense = profile.timed(job.dense, job.reporter)
     job = replace(job, resolved=dense)
+    _require_widths(job, summary)
     target, section = dense.target, job.recipe.prune
     details: dict[str, Any] = {}
     columns: list[dict[str, torch.Tensor]] = []

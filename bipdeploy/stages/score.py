@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from bipdeploy.data.calibration import calibration_batches
 from bipdeploy.errors import InputError
+from bipdeploy.measuring import profile
 from bipdeploy.model import finite, sources
 from bipdeploy.model.activations import Batches, Keep, keeping, replace
 from bipdeploy.model.blocks import Block, BlockWalker
@@ -51,6 +52,8 @@ class Walked(NamedTuple):
 def run(job: Job) -> None:
     """Write `scores.safetensors` (block.N.heads, .ffn, .queries, .influence) and `scores.json`."""
     recipe = job.recipe
+    if CRITERIA[recipe.score.criterion].counts:  # a speed that is asked for decides widths by times
+        job = altered(job, resolved=profile.timed(job.dense, job.reporter))
     walker = BlockWalker(job.dense.checkpoint, recipe.model)
     job.reporter.total(len(walker) * walks([recipe.score]), "blocks")
     windows, provenance = calibration_batches(
