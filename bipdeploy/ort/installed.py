@@ -25,13 +25,16 @@ def require_for(device: str, dtype: str) -> None:
     """Raise InputError where a recipe asks for CUDA, there is a GPU, and onnxruntime is built for
     the CPU; and where bfloat16 is asked for, and graphs would run on a CPU. A GPU that is missing
     is PyTorch's to report."""
-    import onnxruntime
+    wanted = device == "cuda" or (device == "auto" and dtype == "bfloat16")
+    if not wanted or (device == "cuda" and not hardware()["gpus"]):
+        return
+    import onnxruntime  # and numpy with it, which no other check loads
 
     built = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    if device == "cuda" and hardware()["gpus"] and not built:
+    if device == "cuda" and not built:
         raise InputError(f"model.device: cuda was asked for, export.onnx runs there too, and "
                          f"{ON_CPU_ONLY}")
-    if device == "auto" and dtype == "bfloat16" and not (built and hardware()["gpus"]):
+    if device == "auto" and not (built and hardware()["gpus"]):
         raise InputError("export.onnx.dtype: onnxruntime has no bfloat16 on a CPU, where graphs "
                          "run on this machine; use auto, float32 or float16")
 
