@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from bipdeploy.errors import BipdeployError, InputError
+from bipdeploy.model.blocks import compute_device
 from bipdeploy.recipe import file as recipe_file
 from speed.models import random_checkpoint
 
@@ -28,11 +29,9 @@ def made(recipe: Path, settings: list[str]) -> Path:
     folder = Path(section.id)
     if folder.exists():
         raise InputError(f"model.id: {folder} is there already; remove it, or set another")
-    import torch
-
-    cuda = section.device != "cpu" and torch.cuda.is_available()
+    device = compute_device(section)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return random_checkpoint(folder, section.shape.config, "cuda" if cuda else "cpu")
+    return random_checkpoint(folder, section.shape.config, device)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bipdeploy.measuring.graphs import rewind
 from speed.cases import Case, Sizes
 
 WARMUP_STEPS = 4  # compile, warm up and record a CUDA graph, replay it
@@ -49,12 +50,6 @@ def static_cache(model: Any, room: int) -> Any:
     from transformers import StaticCache
 
     return StaticCache(config=model.config, max_cache_len=room)
-
-
-def rewind(cache: Any, length: int) -> None:
-    """Make a cache hold its first `length` tokens, in place: graphs know its tensors."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(length)
 
 
 def cudagraph_skips() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bipdeploy.measuring.graphs import rewind
 from bipdeploy.measuring.timing import Spread, interleaved, speedup
 from bipdeploy.model.activations import Batches, Keep
 from bipdeploy.model.blocks import Block, BlockWalker
@@ -25,7 +26,7 @@ from bipdeploy.running.machine import PeakMemory
 from bipdeploy.stages.recover import refit_block
 from bipdeploy.stages.score import score_together
 from speed.cases import Case, Sizes
-from speed.decoding import WARMUP_STEPS, Decoder, cudagraph_skips, rewind, static_cache
+from speed.decoding import WARMUP_STEPS, Decoder, cudagraph_skips, static_cache
 from speed.models import random_model
 
 RIDGE = 0.01

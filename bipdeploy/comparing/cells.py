@@ -21,7 +21,7 @@ from bipdeploy.pruning.depth import droppable
 from bipdeploy.recipe import file as recipe_file
 from bipdeploy.recipe.base import TextSection
 from bipdeploy.recipe.methods import Method, method
-from bipdeploy.recipe.names import REPAIRS_COMPARED, SEARCHED, repair_settings
+from bipdeploy.recipe.names import REPAIRS_COMPARED, repair_settings
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.running import artifacts, machine
 from bipdeploy.stages.table import STAGES
@@ -165,7 +165,7 @@ def key(wanted: Plan, cell: Cell) -> str:
     if cell.method.layers == "learned":
         found["learned"] = own.prune.learned.model_dump()
     # Widths are chosen for the recipe's own repair.
-    if own.prune.needs_curves or cell.method.layers in SEARCHED:
+    if own.prune.tries_widths:
         found["searched"] = [own.prune.search.model_dump(), wanted.recipe.recover.used]
     if own.tune.enabled:
         found["sections"]["tune"] = plain(own.tune, WHERE | own.tune.unused)

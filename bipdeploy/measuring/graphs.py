@@ -24,6 +24,15 @@ def recordable(model: Any, tokens: int) -> bool:
     return all(layer.max_cache_len >= tokens for layer in cache.layers)
 
 
+def rewind(cache: Any, length: int) -> None:
+    """Make a static cache hold its first `length` tokens, in place: graphs know its tensors."""
+    for layer in cache.layers:
+        if layer.is_initialized:  # a removed attention keeps nothing
+            layer.cumulative_length.fill_(length)
+            if layer.is_sliding:
+                layer.cumulative_length_int = length
+
+
 class RecordedDecoder:
     """Greedy decoding behind a prompt, with the step recorded once and replayed.
 
@@ -61,12 +70,8 @@ class RecordedDecoder:
         self._token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
 
     def _rewind(self) -> None:
-        """Back to the end of the prompt, in place: the graph knows these tensors."""
-        for layer in self._cache.layers:
-            if layer.is_initialized:  # a removed attention keeps nothing
-                layer.cumulative_length.fill_(self._prompt)
-                if layer.is_sliding:
-                    layer.cumulative_length_int = self._prompt
+        """Back to the end of the prompt."""
+        rewind(self._cache, self._prompt)
         self._token.copy_(self._first)
 
     @torch.inference_mode()

@@ -15,7 +15,6 @@ from bipdeploy.model import cost
 from bipdeploy.model.families import Architecture, BlockWidths
 from bipdeploy.planning.resolved import Resolved
 from bipdeploy.pruning.criteria.table import CRITERIA
-from bipdeploy.recipe.names import SEARCHED
 from bipdeploy.recipe.prune import JUDGEMENTS
 from bipdeploy.recipe.recipe import Recipe
 from bipdeploy.recipe.recover import RIDGES
@@ -246,7 +245,7 @@ def seconds(s: Sizes, flops: float, bandwidth: float, single: float | None = Non
         scoring += sum(weighed(2 * tokens * size ** 2, 2 * size ** 3) for w in arch.blocks
                        for size in (w.heads * arch.head_dim, w.intermediate))
     searching = learning = evolving = 0.0
-    if recipe.prune.needs_curves or recipe.prune.layers in SEARCHED:
+    if recipe.prune.tries_widths:
         search = recipe.prune.search
         points, share = search.points, judged(recipe)
         solving = sum(weighed(2 * tokens * size ** 2, points * 2 * size ** 3 / 3)

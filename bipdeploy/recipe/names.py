@@ -22,7 +22,6 @@ PROPAGATIONS: tuple[Propagation, ...] = get_args(Propagation)
 # `bipdeploy.stages.prune`
 Layers = Literal["uniform", "global", "adaptive", "searched", "evolved", "learned"]
 LAYERS: tuple[Layers, ...] = get_args(Layers)
-SEARCHED: tuple[Layers, ...] = ("searched", "evolved")  # by trying widths on calibration text
 # `bipdeploy.stages.repairs`
 Repair = Literal["none", "refit", "bias"]
 REPAIRS: tuple[Repair, ...] = get_args(Repair)

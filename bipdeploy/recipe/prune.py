@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from bipdeploy.recipe.base import Section, Share
-from bipdeploy.recipe.names import SEARCHED, Layers
+from bipdeploy.recipe.names import Layers
 from bipdeploy.recipe.target import TargetSection
 
 Leaving = Literal["kv", "query", "both"]
@@ -155,6 +155,11 @@ class PruneSection(Section):
             self.layers == "global" and self.global_weights == "sensitivity")
 
     @property
+    def tries_widths(self) -> bool:
+        """Whether widths are refitted and judged on calibration text before they are chosen."""
+        return self.needs_curves or self.layers == "evolved"
+
+    @property
     def rounds(self) -> int:
         """In how many steps the budget is met."""
         return self.search.rounds if self.layers == "searched" else 1
@@ -182,7 +187,7 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _one_search(self) -> PruneSection:
-        if self.layers in (*SEARCHED, "learned") and self.depth.any:
+        if self.layers in ("searched", "evolved", "learned") and self.depth.any:
             raise ValueError(f"layers: {self.layers} chooses widths for all parts, and depth drops "
                              "some of them; set depth to 0, or layers to uniform, global or "
                              "adaptive")

@@ -19,7 +19,6 @@ from bipdeploy.recipe.figures import expected
 from bipdeploy.recipe.gates import Bounds
 from bipdeploy.recipe.hardware import HardwareSection
 from bipdeploy.recipe.model import ModelSection
-from bipdeploy.recipe.names import SEARCHED
 from bipdeploy.recipe.prune import PruneSection
 from bipdeploy.recipe.recover import RecoverSection
 from bipdeploy.recipe.score import ScoreSection
@@ -57,8 +56,7 @@ class Recipe(Section):
         if chosen and samples < 2:
             raise ValueError("recover.refit.ridge: auto holds calibration windows back, and "
                              "calibration.samples is 1; raise it, or give a number")
-        tried = self.prune.layers in SEARCHED or self.prune.needs_curves
-        if tried and samples < 2 + chosen:
+        if self.prune.tries_widths and samples < 2 + chosen:
             raise ValueError(f"prune.layers: {self.prune.layers} judges refits by calibration "
                              "windows that they have not seen, and calibration.samples is "
                              f"{samples}; give at least {2 + chosen}")

@@ -79,10 +79,7 @@ def rehearse(resolved: Resolved) -> None:
 def learned(job: Job, scores: Sequence[BlockScores], *, comparable: bool) -> Learned:
     """The widths, groups and multipliers that training finds for the budget."""
     task, provenance = prepare(job, scores, comparable=comparable)
-    fault = checkpoints.fault(task.checkpoint, task.identity)
-    if fault:
-        job.reporter.note(f"the checkpoint of an earlier run is not used: {fault}")
-        checkpoints.discard(task.checkpoint)
+    checkpoints.start(task.checkpoint, task.identity, job.reporter)
     recipe, arch = job.recipe, task.budget.arch
     device = compute_device(recipe.model)
     dtype = compute_dtype(recipe.model, job.dense.config, device)
@@ -184,11 +181,7 @@ class Learner:
         the start included."""
         state, steps = self.state, self.task.section.steps
         every = max(1, steps // JUDGEMENTS)
-        reporter.total(steps, "steps")
-        reporter.advance(state.step)
-        if state.step:
-            reporter.note(f"goes on from step {state.step} of a run that was interrupted")
-        began = time.monotonic() - state.seconds
+        began = checkpoints.begin(state, steps, reporter)
         if not state.history:
             self._judge()
         while state.step < steps:

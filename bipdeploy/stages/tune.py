@@ -48,10 +48,7 @@ def run(job: Job) -> None:
         raise InputError(f"tune.tokens: {section.tokens} is longer than the model's maximum of "
                          f"{limit}; lower it")
     task, provenance = prepare(job)
-    fault = checkpoints.fault(task.checkpoint, task.identity)
-    if fault:
-        job.reporter.note(f"the checkpoint of an earlier run is not used: {fault}")
-        checkpoints.discard(task.checkpoint)
+    checkpoints.start(task.checkpoint, task.identity, job.reporter)
     machine.release_memory()  # the first training process takes this one's GPU
     if section.processes == 1:
         state = training.train(task, device, job.reporter)

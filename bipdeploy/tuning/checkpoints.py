@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from bipdeploy.errors import InputError
 from bipdeploy.model.checkpoint import opened
 from bipdeploy.running import artifacts
+from bipdeploy.running.reporter import Reporter
 
 STATE = "state.json"
 
@@ -66,6 +68,23 @@ def save(folder: Path, identity: str, state: State) -> None:
     for other in folder.iterdir():
         if other.name not in (STATE, name):
             other.unlink()
+
+
+def start(folder: Path, identity: str, reporter: Reporter) -> None:
+    """Say so where what is there is of another training, and remove it."""
+    if found := fault(folder, identity):
+        reporter.note(f"the checkpoint of an earlier run is not used: {found}")
+        discard(folder)
+
+
+def begin(state: State, steps: int, reporter: Reporter) -> float:
+    """Say where training goes on from; the time at which it would have begun, had it not been
+    interrupted."""
+    reporter.total(steps, "steps")
+    reporter.advance(state.step)
+    if state.step:
+        reporter.note(f"goes on from step {state.step} of a run that was interrupted")
+    return time.monotonic() - state.seconds
 
 
 def load(folder: Path, wanted: Sequence[str] = _PARTS) -> State | None:

@@ -141,11 +141,7 @@ class Trainer:
     def run(self, reporter: Reporter, check: Callable[[], None]) -> State:
         """Step until the last one, or until validation stops getting better."""
         state, section = self.state, self.section
-        reporter.total(section.steps, "steps")
-        reporter.advance(state.step)
-        if state.step:
-            reporter.note(f"goes on from step {state.step} of a run that was interrupted")
-        began = time.monotonic() - state.seconds
+        began = checkpoints.begin(state, section.steps, reporter)
         if not state.history:
             self._evaluate()
         while state.step < section.steps and not state.exhausted(section.validation.patience):
